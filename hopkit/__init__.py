@@ -1,0 +1,61 @@
+"""hopkit: higher-order operators for PyTorch, defined once."""
+
+from importlib.metadata import version
+
+from hopkit.define import adopt, define, ops, plugins, register, undefine, unregister
+from hopkit.errors import (
+    AutogradError,
+    CallError,
+    CaptureError,
+    DataDependentError,
+    DuplicateOpError,
+    HopkitError,
+    HopkitWarning,
+    LayoutError,
+    PluginError,
+    PropertyError,
+    RuleConflictError,
+    RuleError,
+    SignatureError,
+    SpecError,
+    SubgraphError,
+)
+from hopkit.hookspecs import hookimpl
+from hopkit.manager import PluginInfo
+from hopkit.op import Op, decompose
+from hopkit.spec import OpSpec, Sample, Subgraph
+
+__version__ = version("hopkit")
+
+__all__ = [
+    "AutogradError",
+    "CallError",
+    "CaptureError",
+    "DataDependentError",
+    "DuplicateOpError",
+    "HopkitError",
+    "HopkitWarning",
+    "LayoutError",
+    "Op",
+    "OpSpec",
+    "PluginError",
+    "PluginInfo",
+    "PropertyError",
+    "RuleConflictError",
+    "RuleError",
+    "Sample",
+    "SignatureError",
+    "SpecError",
+    "Subgraph",
+    "SubgraphError",
+    "__version__",
+    "adopt",
+    "decompose",
+    "define",
+    "hookimpl",
+    "ops",
+    "plugins",
+    "register",
+    "undefine",
+    "unregister",
+]

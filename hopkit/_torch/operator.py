@@ -1,0 +1,104 @@
+"""The operator that torch sees, and torch's tables of operators."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from typing import cast
+
+import torch
+from torch._C import DispatchKey
+from torch._C._functorch import TransformType
+from torch._ops import HigherOrderOperator, _higher_order_ops
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from hopkit._torch import state, trees
+
+Kernel = Callable[..., object]
+Key = DispatchKey | TransformType | type[TorchDispatchMode] | type[torch.Tensor]
+
+_DYNAMO_TABLE = ("torch._dynamo.variables.higher_order_ops", "_hop_name_to_variable_class")
+
+
+class Operator(HigherOrderOperator):
+    """One op, as torch sees it. What answers under which key is a table that hopkit writes."""
+
+    def __init__(self, name: str, enter: Callable[..., object], run: Kernel, schema: Callable[..., object]) -> None:
+        super().__init__(name)
+        self._enter, self._run, self._schema_of = enter, run, schema
+        # A view that only conjugates or negates is seen by the body's own operators.
+        for key in (DispatchKey.Conjugate, DispatchKey.Negative, DispatchKey.ZeroTensor):
+            self.fallthrough(key)
+
+    def __call__(self, *args: object, **kwargs: object) -> object:
+        """Enter as a graph does: in place where nothing asks for the op, through torch's dispatcher otherwise."""
+        return self._enter(*args, **kwargs)
+
+    def redispatch(self, *args: object, **kwargs: object) -> object:
+        """Through torch's dispatcher: the next key's kernel answers."""
+        return super().__call__(*args, **kwargs)
+
+    def dispatch(self, key: DispatchKey, /, *args: object, **kwargs: object) -> object:
+        """As torch's, but open: a mode, subclass or transform without a kernel sees the inside of the op."""
+        if key is DispatchKey.FuncTorchDynamicLayerFrontMode and not self._has_transform():
+            return self._run(*args, **kwargs)
+        if key is DispatchKey.Python and not self._has_python(args):
+            return self._run(*args, **kwargs)
+        return super().dispatch(key, *args, **kwargs)
+
+    def _has_transform(self) -> bool:
+        top = torch._C._functorch.peek_interpreter_stack()
+        return top is not None and top.key() in self.functorch_table
+
+    def _has_python(self, args: tuple[object, ...]) -> bool:
+        for mode in state.dispatch_modes():
+            return type(mode) in self.python_key_table or bool(mode.supports_higher_order_operators)
+        kinds = {type(leaf) for leaf in trees.leaves(args) if isinstance(leaf, torch.Tensor)}
+        return any(kind in self.python_key_table or kind is torch._subclasses.FakeTensor for kind in kinds)
+
+    def gen_schema(self, *args: object, **kwargs: object) -> object:
+        """The schema of this call (torch/_higher_order_ops/schema.py)."""
+        return self._schema_of(*args, **kwargs)
+
+    def install(self, kernels: Mapping[Key, Kernel]) -> None:
+        """Replace every kernel of this operator, in torch's tables and in its dispatch cache."""
+        self.py_kernels.clear()
+        self.python_key_table.clear()
+        self.functorch_table.clear()
+        for key, kernel in kernels.items():
+            self.py_impl(key)(kernel)
+        self._dispatch_cache.clear()
+
+
+def taken(name: str) -> bool:
+    """Whether torch knows an operator of this name."""
+    return name in _higher_order_ops
+
+
+class Place:
+    """An operator's entries in torch's tables, and what stood there before."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._operator = _higher_order_ops.get(name)
+        self._variable = _dynamo_table().get(name)
+
+    def fill(self, operator: Operator | None = None) -> None:
+        """Make ``operator`` the one of this name; without one, put back what stood there."""
+        entry = operator or self._operator
+        if entry is None:
+            _higher_order_ops.pop(self._name, None)
+        else:
+            _higher_order_ops[self._name] = cast("HigherOrderOperator", entry)
+        # torch.ops.higher_order keeps every attribute that was ever read.
+        vars(torch.ops.higher_order).pop(self._name, None)
+        table = _dynamo_table()
+        if operator is None and self._variable is not None:
+            table[self._name] = self._variable
+        else:
+            table.pop(self._name, None)
+
+
+def _dynamo_table() -> dict[str, object]:
+    module, name = _DYNAMO_TABLE
+    return cast("dict[str, object]", getattr(sys.modules.get(module), name, {}))

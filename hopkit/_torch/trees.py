@@ -1,0 +1,82 @@
+"""torch's pytrees. ``torch.utils._pytree`` has no public face yet (2.13, 2.14); if it is gone, look for
+``torch.utils.pytree`` or ``torch.export``'s registration functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
+
+from torch.utils import _pytree as pytree
+
+T = TypeVar("T")
+
+Tree = pytree.TreeSpec
+
+
+def flatten(value: object) -> tuple[list[object], Tree]:
+    """The leaves of a pytree, in order, and its structure."""
+    return pytree.tree_flatten(value)
+
+
+def leaves(value: object) -> list[object]:
+    """The leaves of a pytree, in order."""
+    return pytree.tree_leaves(value)
+
+
+def unflatten(leaves: Iterable[object], tree: Tree) -> object:
+    """The pytree with these leaves and this structure."""
+    return pytree.tree_unflatten(leaves, tree)
+
+
+def map_only(kind: type[T], fn: Callable[[T], object], value: object) -> object:
+    """``value`` with ``fn`` applied to every leaf of type ``kind``."""
+    return pytree.tree_map_only(kind, fn, value)
+
+
+def structure(value: object) -> Tree:
+    """The structure of a pytree."""
+    return pytree.tree_structure(value)
+
+
+def is_node(kind: type) -> bool:
+    """Whether values of ``kind`` have leaves of their own."""
+    return kind in pytree.SUPPORTED_NODES or pytree.is_namedtuple_class(kind)
+
+
+def dumps(tree: Tree) -> str:
+    """A structure as JSON. Raises ``NotImplementedError`` for a node type registered without a serialised name."""
+    return pytree.treespec_dumps(tree)
+
+
+def loads(text: str) -> Tree:
+    """The inverse of `dumps`."""
+    return pytree.treespec_loads(text)
+
+
+LEAF = pytree.tree_structure(0)
+
+
+def is_flat(value: object) -> bool:
+    """Whether ``value`` is a plain tuple of leaves."""
+    return type(value) is tuple and not any(is_node(type(v)) for v in value)
+
+
+def same(left: Sequence[object], right: Sequence[object]) -> bool:
+    """Whether two sequences hold the same objects."""
+    return len(left) == len(right) and all(a is b for a, b in zip(left, right, strict=True))
+
+
+def map_leaves(fn: Callable[[object], object], value: T) -> T:
+    """``value`` with ``fn`` applied to every leaf."""
+    return pytree.tree_map(fn, value)
+
+
+def quick_leaves(values: Iterable[object]) -> list[object]:
+    """The leaves of arguments, fast where they are tensors and flat tuples of tensors."""
+    found: list[object] = []
+    for value in values:
+        if type(value) is tuple or type(value) is list:
+            found.extend(value)
+        else:
+            found.append(value)
+    return leaves(found) if any(is_node(type(v)) for v in found) else found

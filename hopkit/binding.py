@@ -1,0 +1,216 @@
+"""From a call's ``(args, kwargs)`` to one fitting value for every parameter. torch is known by name, not imported."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple, cast
+
+from hopkit.errors import CallError
+from hopkit.spec import Kind, OpSpec, Parameter
+
+TENSOR = "torch.Tensor"
+GRAPH_MODULE = "torch.fx.graph_module.GraphModule"
+SYMBOLS = frozenset({"torch.SymInt", "torch.SymFloat", "torch.SymBool"})
+
+PLAIN: frozenset[type] = frozenset({int, float, bool, str, complex, bytes, type(None)})
+"""The types whose every value is a constant."""
+
+
+def bind(spec: OpSpec, args: Sequence[object], kwargs: Mapping[str, object]) -> dict[str, object]:
+    """The value of every parameter, defaults included, in order. That of ``*name`` and of subgraphs is a tuple.
+
+    Raises:
+        CallError: The arguments do not bind, or one of them is not what its parameter is for.
+    """
+    try:
+        values = _binder(spec)(*args, **kwargs)
+    except TypeError as error:
+        raise CallError(
+            f"{spec.name}()",
+            str(error).removeprefix("op() "),
+            why="arguments bind to an op as to its body",
+            todo=f"Call it as `{spec.name}{_signature(spec.parameters)}`",
+        ) from None
+    for p in spec.parameters:
+        if bad := misfit(p, values[p.name]):
+            raise CallError(f"{spec.name}()", f"argument '{p.name}': {bad.found}", why=bad.why, todo=bad.todo)
+        if p.kind is Kind.SUBGRAPHS:
+            values[p.name] = tuple(cast("Sequence[object]", values[p.name]))
+    return values
+
+
+class Check(NamedTuple):
+    """What an eager call has to refuse because the body might not.
+
+    Args:
+        position: Of the parameter; -1 where it is passed by keyword only.
+        name: Of the parameter.
+        variadic: Whether its value is everything from ``position`` on.
+        types: Their values fit without further ado.
+        fits: Whether a value of another type fits.
+    """
+
+    position: int
+    name: str
+    variadic: bool
+    types: frozenset[type]
+    fits: Callable[[object], bool]
+
+
+def checks(spec: OpSpec) -> tuple[Check, ...]:
+    """What `passes` has to check in a call of ``spec``; to be made once per op."""
+    found: list[Check] = []
+    for i, p in enumerate(spec.parameters):
+        position = -1 if p.passing is inspect.Parameter.KEYWORD_ONLY else i
+        if p.kind is Kind.OPTION:
+            found.append(Check(position, p.name, p.variadic, PLAIN, is_constant))
+        elif p.graph_only:
+            found.append(Check(position, p.name, p.variadic, frozenset(), functools.partial(_fits, p)))
+    return tuple(found)
+
+
+def passes(checks: tuple[Check, ...], args: Sequence[object], kwargs: Mapping[str, object]) -> bool:
+    """Whether a call passes its checks. If not, `bind` says why; what is missing or too much, the body says."""
+    given = len(args)
+    for position, name, variadic, types, fits in checks:
+        if 0 <= position < given:
+            value = args[position:] if variadic else args[position]
+        elif name in kwargs:
+            value = kwargs[name]
+        else:
+            continue
+        if type(value) not in types and not fits(value):
+            return False
+    return True
+
+
+class Misfit(NamedTuple):
+    """Why a value does not fit a parameter: three of the four parts of an error."""
+
+    found: str
+    why: str
+    todo: str
+
+
+def misfit(parameter: Parameter, value: object) -> Misfit | None:
+    """Why ``value`` is not what ``parameter`` is for; None where it fits."""
+    if parameter.kind is Kind.OPERAND:
+        return None
+    if parameter.kind is Kind.OPTION:
+        return None if is_constant(value) else _no_constant(parameter, value)
+    if parameter.kind is Kind.SUBGRAPH:
+        return _no_subgraph(parameter, value)
+    if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
+        return next((bad for item in value if (bad := _no_subgraph(parameter, item))), None)
+    return Misfit(
+        f"expected a tuple of callables, got {_type(value)}",
+        "the op calls each of them",
+        f"Pass a tuple: `tuple({parameter.name})`, or `({parameter.name},)` for a single one",
+    )
+
+
+def is_constant(value: object) -> bool:
+    """Whether ``value`` can be an option's: hashable, and no tensor."""
+    if type(value) in PLAIN:
+        return True
+    if isinstance(value, tuple):
+        return all(map(is_constant, value))
+    names = qualified_names(type(value))
+    if not SYMBOLS.isdisjoint(names):
+        return True  # has no hash, and needs none: whoever records the call specialises it
+    return TENSOR not in names and _has_hash(value)
+
+
+def _qualified_names(cls: type) -> frozenset[str]:
+    return frozenset(f"{base.__module__}.{base.__qualname__}" for base in cls.__mro__)
+
+
+qualified_names: Callable[[type], frozenset[str]] = functools.lru_cache(maxsize=256)(_qualified_names)
+"""The names of a class and its bases, with their modules."""
+
+
+def _fits(parameter: Parameter, value: object) -> bool:
+    return misfit(parameter, value) is None
+
+
+def _has_hash(value: object) -> bool:
+    try:
+        hash(value)
+    except TypeError:
+        return False
+    return True
+
+
+def _type(value: object) -> str:
+    return type(value).__qualname__
+
+
+def _no_subgraph(parameter: Parameter, value: object) -> Misfit | None:
+    if parameter.graph_only and GRAPH_MODULE not in qualified_names(type(value)):
+        return Misfit(
+            f"expected a torch.fx.GraphModule, got {_type(value)}",
+            "the op reads the graph itself, and another callable has none to show",
+            "Trace it first: `torch.fx.symbolic_trace(f)`",
+        )
+    if not callable(value):
+        return Misfit(
+            f"expected a callable, got {_type(value)}",
+            "the op calls it",
+            "Pass a function or a module, such as `torch.sin`",
+        )
+    return None
+
+
+def _no_constant(parameter: Parameter, value: object) -> Misfit:
+    items = value if isinstance(value, tuple) else (value,)
+    if any(TENSOR in qualified_names(type(item)) for item in items):
+        todo = f"Pass a number, such as `tensor.item()`, or make it an operand: `{parameter.name}: torch.Tensor`"
+    else:
+        todo = "Pass something hashable: a tuple in place of a list, a frozen dataclass in place of a dict"
+    got = ", ".join(map(_type, items))
+    return Misfit(
+        f"expected a constant ({parameter.annotation}), got {f'({got})' if isinstance(value, tuple) else got}",
+        "an option is written into the graph, and graphs are looked up by it",
+        todo,
+    )
+
+
+_binders: dict[int, Callable[..., dict[str, object]]] = {}
+
+
+def _binder(spec: OpSpec) -> Callable[..., dict[str, object]]:
+    # By identity, as a default need not be hashable; weakly, as a body's closure may hold large tensors.
+    binder = _binders.get(id(spec))
+    if binder is None:
+        binder = _binders[id(spec)] = _compile(spec.parameters)
+        weakref.finalize(spec, _binders.pop, id(spec), None)
+    return binder
+
+
+def _compile(parameters: Sequence[Parameter]) -> Callable[..., dict[str, object]]:
+    """A function of these parameters that returns them: it binds, and complains, just as Python does."""
+    signature = _signature(parameters, lambda p: f"defaults[{p.name!r}]")
+    values = ", ".join(f"{p.name!r}: {p.name}" for p in parameters)
+    scope: dict[str, object] = {"defaults": {p.name: p.default for p in parameters}}
+    exec(f"def op{signature}: return {{{values}}}", scope)
+    return cast("Callable[..., dict[str, object]]", scope["op"])
+
+
+class _Code(str):
+    """Text whose repr is itself: ``inspect.Signature`` shows defaults by their repr."""
+
+    __slots__ = ()
+    __repr__ = str.__str__
+
+
+def _signature(parameters: Sequence[Parameter], default: Callable[[Parameter], str] = lambda p: repr(p.default)) -> str:
+    """``(body, x, *, scale=1.0)``."""
+    empty = inspect.Parameter.empty
+    bare = [
+        inspect.Parameter(p.name, p.passing, default=empty if p.default is empty else _Code(default(p)))
+        for p in parameters
+    ]
+    return str(inspect.Signature(bare))

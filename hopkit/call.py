@@ -1,0 +1,224 @@
+"""One call of an op in flat form: what every rule that is not a body gets, and passes on."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol, cast
+
+import torch
+
+from hopkit import layout as layouts
+from hopkit import transform
+from hopkit._torch import trees
+from hopkit._torch.fakes import Stage
+from hopkit._torch.watch import Substitute, Watch, custom_backward
+from hopkit.layout import Layout
+from hopkit.record import Graph, Same, run_or_examples, variable_name
+from hopkit.spec import Kind, OpSpec
+
+GraphLike = Callable[..., object]
+
+
+class Target(Protocol):
+    """The operator that torch sees."""
+
+    def __call__(self, *args: object, **kwargs: object) -> object: ...
+
+    def redispatch(self, *args: object, **kwargs: object) -> object:
+        """Let the rule of the next mode answer."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Pure:
+    """A graph as functionalization runs it, and as it was before: stand-ins need no functionalization."""
+
+    run: GraphLike
+    plain: GraphLike
+
+    def __call__(self, *inputs: object) -> object:
+        return self.run(*inputs)
+
+
+def key_of(graph: GraphLike) -> tuple[object, ...]:
+    """Equal for graphs that would be traced to the same code from the same inputs."""
+    if isinstance(graph, Pure):
+        return ("pure", *key_of(graph.plain))
+    return graph.key if isinstance(graph, Graph) else (Same(graph),)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rehearsal:
+    """What a call does, learnt on stand-ins.
+
+    Args:
+        examples: Per graph, stand-ins of the inputs that it is called with.
+        random: Whether random numbers are drawn.
+        opaque: Why a recorded graph cannot be differentiated, or "".
+        outputs: Stand-ins of what the call gives.
+    """
+
+    examples: tuple[tuple[object, ...], ...]
+    random: bool
+    opaque: str
+    outputs: object
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """One call of an op in flat form.
+
+    Args:
+        op: What is called.
+        target: The operator that torch sees.
+        graphs: The subgraphs, closed: each takes tensors and SymInts, and gives a tuple of them.
+        inputs: Operands, then what the subgraphs capture.
+        options: Keywords of the node.
+        layout: How these make up the author's arguments. None: the first graph takes the inputs as they stand.
+    """
+
+    op: OpSpec
+    target: Target
+    graphs: tuple[GraphLike, ...]
+    inputs: tuple[object, ...]
+    options: Mapping[str, object]
+    layout: Layout | None
+
+    def __call__(self) -> object:
+        """Call the op again: the rule of the next mode answers."""
+        return self.target.redispatch(*self.graphs, self.inputs, **self.keywords)
+
+    @property
+    def keywords(self) -> dict[str, object]:
+        """The node's keywords."""
+        layout = {layouts.KEYWORD: self.layout.dumps()} if self.layout else {}
+        return {**self.options, **layout}
+
+    def replace(
+        self,
+        *,
+        graphs: Sequence[GraphLike] | None = None,
+        inputs: Sequence[object] | None = None,
+        layout: Layout | None = None,
+    ) -> Call:
+        """This call with other graphs or other inputs."""
+        return dataclasses.replace(
+            self,
+            graphs=self.graphs if graphs is None else tuple(graphs),
+            inputs=self.inputs if inputs is None else tuple(inputs),
+            layout=layout or self.layout,
+        )
+
+    def run(self, body: Callable[..., object] | None = None) -> object:
+        """Run the body (or ``body``) here, in whatever modes are active: the op vanishes."""
+        if self.layout is None:
+            args, kwargs = self.arguments()
+            return (body or self.op.body)(*args, **kwargs)
+        return transform.flat(self.op, self.layout, self.graphs, self.options, body)(self.inputs)
+
+    def graph_names(self) -> list[str]:
+        """A name for every graph: the op's, and the subgraph's."""
+        if self.layout is None:
+            return [f"{self.op.name}_{p.name}" for p in self.op.of_kind(Kind.SUBGRAPH)]
+        return [
+            f"{self.op.name}_{name}"
+            for name, many in self.layout.subgraphs.items()
+            for variants in many
+            for _ in variants
+        ]
+
+    def arguments(self) -> tuple[list[object], dict[str, object]]:
+        """The author's ``(args, kwargs)``; a subgraph among them has ``captures``, and calls its graphs."""
+        if self.layout is not None:
+            return transform.arguments(self.op, self.layout, self.graphs, self.inputs, self.options)
+        (graph,), (operand,) = self.op.of_kind(Kind.SUBGRAPH), self.op.of_kind(Kind.OPERAND)
+        return self.op.arguments({**self.options, graph.name: self.graphs[0], operand.name: self.inputs})
+
+    @property
+    def operands(self) -> int:
+        """How many of the inputs are operands; captures follow."""
+        if self.layout is None:
+            return len(self.inputs)
+        return len({leaf.index for leaf in trees.leaves(dict(self.layout.values)) if isinstance(leaf, layouts.Slot)})
+
+    def parameter(self, index: int) -> str:
+        """The operand parameter that input number ``index`` belongs to, or "" for a capture."""
+        if self.layout is None:
+            return self.op.of_kind(Kind.OPERAND)[0].name
+        for name, value in self.layout.values.items():
+            if any(isinstance(leaf, layouts.Slot) and leaf.index == index for leaf in trees.leaves(value)):
+                return name
+        return ""
+
+    def name_of(self, index: int) -> str:
+        """What the author calls input number ``index``."""
+        assert self.layout is not None
+        for name, many in self.layout.subgraphs.items():
+            for variant in (v for variants in many for v in variants):
+                graph = self.graphs[variant.graph]
+                if index in variant.captures and isinstance(graph, Graph):
+                    return f"'{variable_name(graph.function, self.inputs[index])}', which subgraph '{name}' closes over"
+        return f"input {index}"
+
+    def like_inputs(self) -> tuple[object, ...]:
+        """Gradients, as far as shapes go: those of the inputs that the last transform differentiates by."""
+        assert self.layout is not None
+        _, wrt, _ = cast("tuple[str, tuple[int, ...], tuple[int, ...]]", self.layout.transforms[-1])
+        return tuple(torch.empty_like(cast("torch.Tensor", self.inputs[i])) for i in wrt)
+
+    @property
+    def transformed(self) -> bool:
+        """Whether this is not the op itself but, say, its vector-Jacobian product."""
+        return self.layout is not None and bool(self.layout.transforms)
+
+    def vjp(self, wrt: Sequence[int], given: Sequence[int], gradients: Sequence[object]) -> Call:
+        """The call that gives the gradients of the inputs ``wrt`` for the gradients of the outputs ``given``."""
+        assert self.layout is not None
+        step = ("vjp", tuple(wrt), tuple(given))
+        layout = dataclasses.replace(self.layout, transforms=(*self.layout.transforms, step))
+        return self.replace(inputs=(*self.inputs, *gradients), layout=layout)
+
+    @functools.cached_property
+    def rehearsal(self) -> Rehearsal:
+        """What the call does, learnt by running it once on stand-ins."""
+        stage, watch = Stage(self.inputs), Watch()
+        examples: dict[int, tuple[object, ...]] = {}
+
+        def stand_in(value: object) -> object:
+            return stage.fake(value) if isinstance(value, torch.Tensor) and not stage.owns(value) else value
+
+        def probe(index: int) -> GraphLike:
+            def graph(*inputs: object) -> object:
+                examples[index] = inputs
+                function = self.graphs[index]
+                with Substitute(stand_in):
+                    return (function.plain if isinstance(function, Pure) else function)(*inputs)
+
+            return graph
+
+        with stage.open():
+            fakes = tuple(map(stand_in, self.inputs))
+            rehearsed = self.replace(graphs=[probe(i) for i in range(len(self.graphs))], inputs=fakes)
+            with watch:
+                outputs = rehearsed._run_or_examples()
+            opaque = custom_backward(trees.leaves(outputs))
+            for index in set(range(len(self.graphs))) - set(examples):
+                examples[index] = self._from_layout(index, fakes)
+        return Rehearsal(tuple(examples[i] for i in range(len(self.graphs))), watch.random, opaque or watch.opaque, outputs)
+
+    def _from_layout(self, index: int, inputs: Sequence[object]) -> tuple[object, ...]:
+        """Example inputs for a graph that this call does not reach: as it was recorded."""
+        assert self.layout is not None
+        symbols = self.layout.symbols(inputs)
+        every = (v for many in self.layout.subgraphs.values() for variants in many for v in variants)
+        variant = next(v for v in every if v.graph == index)
+        return (*(meta.example(symbols) for meta in variant.metas), *(inputs[i] for i in variant.captures))
+
+    def _run_or_examples(self) -> object:
+        if self.op.inputs is None:
+            return self.run()
+        base = self if self.layout is None else self.replace(layout=dataclasses.replace(self.layout, transforms=()))
+        args, kwargs = base.arguments()
+        probes = [a for p, a in zip(self.op.parameters, args, strict=False) if p.kind in (Kind.SUBGRAPH, Kind.SUBGRAPHS)]
+        return run_or_examples(self.op, args, kwargs, [f for p in probes for f in (p if isinstance(p, tuple) else (p,))])

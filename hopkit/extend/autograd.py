@@ -1,0 +1,56 @@
+"""autograd: ``rule(call)``, or a pair of functions on the author's arguments (`Vjp`). Autograd is active while
+the rule runs; `below_autograd` turns it off."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol, TypeVar
+
+import torch
+from typing_extensions import ParamSpec
+
+from hopkit._torch.autograd import (
+    Step,
+    apply,
+    below_autograd,
+    differentiable,
+    needs_gradient,
+    raise_in_backward,
+)
+from hopkit._torch.state import forward_mode
+from hopkit.call import Call
+
+__all__ = [
+    "AutogradRule",
+    "Step",
+    "Vjp",
+    "apply",
+    "below_autograd",
+    "differentiable",
+    "forward_mode",
+    "needs_gradient",
+    "raise_in_backward",
+]
+
+P = ParamSpec("P")
+R = TypeVar("R", covariant=True)
+
+
+class AutogradRule(Protocol):
+    """Gives the outputs of ``call``, on the autograd tape."""
+
+    def __call__(self, call: Call, /) -> object: ...
+
+
+class Vjp(Protocol[P, R]):
+    """A derivative written by hand: a class with two static methods, or any object with two such functions.
+
+    A subgraph among the arguments has ``captures``: the tensors it closes over. Their gradients follow those of the
+    operands.
+    """
+
+    def forward(self, *args: P.args, **kwargs: P.kwargs) -> tuple[R, object]:
+        """``(out, saved)``; ``saved`` is any pytree."""
+
+    def backward(self, saved: object, *gradients: torch.Tensor | None) -> Sequence[torch.Tensor | None]:
+        """One gradient per operand tensor, in order; then, if any is asked for, one per captured tensor."""

@@ -1,0 +1,16 @@
+"""device: a rule has the body's own signature. No mode, and no autograd, is active while it runs."""
+
+from __future__ import annotations
+
+from typing import Protocol, TypeVar
+
+from typing_extensions import ParamSpec
+
+P = ParamSpec("P")
+R = TypeVar("R", covariant=True)
+
+
+class DeviceRule(Protocol[P, R]):
+    """Computes the op's result, on one device type or on all."""
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R: ...

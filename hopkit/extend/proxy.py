@@ -1,0 +1,31 @@
+"""proxy: ``rule(tracer, call)``. The proxy mode is not active while the rule runs; `Tracer` writes to its graph."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch.fx import GraphModule
+
+from hopkit._torch.tracing import Tracer
+from hopkit.call import Call, GraphLike, key_of
+from hopkit.layout import Meta
+
+__all__ = ["ProxyRule", "Tracer", "node", "trace"]
+
+
+class ProxyRule(Protocol):
+    """Writes the call into the graph, and gives its outputs."""
+
+    def __call__(self, tracer: Tracer, call: Call, /) -> object: ...
+
+
+def trace(tracer: Tracer, name: str, graph: GraphLike, examples: Sequence[object]) -> GraphModule:
+    """``graph`` as a submodule of the graph being recorded; what was traced before in the same way is shared."""
+    key = (key_of(graph), *map(Meta.of, examples))
+    return tracer.trace(name, graph, examples, key)
+
+
+def node(tracer: Tracer, call: Call) -> object:
+    """Write ``call``, whose graphs are submodules of the graph, as one node; gives its outputs."""
+    return tracer.emit(call.target, (*call.graphs, call.inputs), call.keywords, call())

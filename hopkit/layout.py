@@ -1,0 +1,233 @@
+"""The node's codec: between an op's own arguments and the one flat form that all of torch accepts.
+
+A recorded op is ``op(graph0, graph1, ..., (tensor0, tensor1, ...), **options, hopkit="...")``. The `Layout`, written
+into ``hopkit=``, says what the flat form cannot: the pytrees, the constants inside them, which graph is which subgraph
+on which signature, and which inputs it captures.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, cast
+
+import torch
+
+from hopkit import codec
+from hopkit._torch import sizes, trees
+from hopkit.codec import Dim, Slot
+from hopkit.errors import LayoutError
+
+if TYPE_CHECKING:
+    from hopkit.spec import OpSpec
+
+VERSION = 1
+KEYWORD = "hopkit"
+
+
+@dataclasses.dataclass(frozen=True)
+class Meta:
+    """What a subgraph is recorded for: one tensor's dtype, device type and sizes, or (dtype None) one integer."""
+
+    dtype: torch.dtype | None
+    device: str
+    shape: tuple[Dim, ...]
+
+    @classmethod
+    def of(cls, value: object) -> Meta:
+        """The meta of a tensor, an int or a SymInt."""
+        if isinstance(value, torch.Tensor):
+            return cls(value.dtype, value.device.type, tuple(map(sizes.describe, value.shape)))
+        return cls(None, "", (sizes.describe(cast("int", value)),))
+
+    def bind(self, value: object, symbols: dict[str, int]) -> None:
+        """Learn from ``value`` what the symbols among the sizes stand for."""
+        for dim, size in zip(self.shape, _sizes(value), strict=False):
+            if isinstance(dim, str) and dim.isidentifier():
+                symbols.setdefault(dim, size)
+
+    def example(self, symbols: Mapping[str, int]) -> object:
+        """A value that fits."""
+        shape = [codec.evaluate(d, symbols) or 1 if isinstance(d, str) else d for d in self.shape]
+        return shape[0] if self.dtype is None else torch.empty(shape, dtype=self.dtype, device=self.device)
+
+    def fits(self, value: object, symbols: Mapping[str, int]) -> bool:
+        """Whether ``value`` is what was recorded."""
+        if isinstance(value, torch.Tensor):
+            if value.dtype != self.dtype or value.device.type != self.device:
+                return False
+        elif self.dtype is not None:
+            return False
+        actual = _sizes(value)
+        return len(actual) == len(self.shape) and all(map(functools.partial(_same, symbols), self.shape, actual))
+
+    def __str__(self) -> str:
+        shape = ", ".join(map(str, self.shape))
+        return shape if self.dtype is None else f"{str(self.dtype).removeprefix('torch.')}[{shape}]@{self.device}"
+
+
+def _sizes(value: object) -> Sequence[int]:
+    return value.shape if isinstance(value, torch.Tensor) else (cast("int", value),)
+
+
+def _same(symbols: Mapping[str, int], dim: Dim, size: int) -> bool:
+    expected = codec.evaluate(dim, symbols) if isinstance(dim, str) else dim
+    return expected is None or sizes.equal(expected, size)
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """One subgraph on one signature.
+
+    Args:
+        graph: Which of the node's graphs it is.
+        takes: ``(args, kwargs)`` of the call, with a `Slot` for every tensor and SymInt.
+        metas: What stands in the slots of ``takes``.
+        captures: Which of the node's inputs follow the slots.
+        gives: The result, with a `Slot` for every output of the graph.
+    """
+
+    graph: int
+    takes: object
+    metas: tuple[Meta, ...]
+    captures: tuple[int, ...]
+    gives: object
+
+    @classmethod
+    def of(cls, inputs: Sequence[object]) -> Variant:
+        """A variant that takes ``inputs`` and has no graph: for comparing, and for messages."""
+        return cls(-1, None, tuple(map(Meta.of, inputs)), (), None)
+
+    def match(self, leaves: Sequence[object], tree: trees.Tree, symbols: Mapping[str, int]) -> list[object] | None:
+        """The graph's inputs among the leaves of a call, or None where this was not recorded for it."""
+        expected, structure = trees.flatten(self.takes)
+        if tree != structure:
+            return None
+        slots: list[object] = []
+        for want, leaf in zip(expected, leaves, strict=True):
+            if isinstance(want, Slot):
+                if not self.metas[want.index].fits(leaf, symbols):
+                    return None
+                slots.append(leaf)
+            elif type(want) is not type(leaf) or want != leaf:
+                return None
+        return slots
+
+    def describe(self) -> str:
+        """The signature, for messages."""
+        return f"({', '.join(map(str, self.metas))})"
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How a node's graphs and inputs make up the op's arguments, and its outputs the op's result.
+
+    Args:
+        values: Every operand, and every option that is no keyword of the node, by name; a `Slot` is an input.
+        subgraphs: The variants of every subgraph, by parameter; a tuple of subgraphs has several entries.
+        metas: What the inputs were when the op was recorded.
+        outputs: Which leaves of the body's result the node returns.
+        transforms: What was done to the body, innermost first: ``("vjp", wrt, given)``.
+    """
+
+    values: Mapping[str, object]
+    subgraphs: Mapping[str, tuple[tuple[Variant, ...], ...]]
+    metas: tuple[Meta, ...]
+    outputs: tuple[int, ...]
+    transforms: tuple[tuple[object, ...], ...] = ()
+
+    def dumps(self) -> str:
+        """The text for the node's ``hopkit=`` keyword."""
+        return codec.dumps(
+            (
+                VERSION,
+                dict(self.values),
+                {name: tuple(tuple(map(_variant_out, v)) for v in many) for name, many in self.subgraphs.items()},
+                tuple(map(_meta_out, self.metas)),
+                self.outputs,
+                self.transforms,
+            )
+        )
+
+    def symbols(self, inputs: Sequence[object]) -> dict[str, int]:
+        """What the symbols among the recorded sizes stand for in a call with these inputs."""
+        symbols: dict[str, int] = {}
+        for meta, value in zip(self.metas, inputs, strict=False):
+            meta.bind(value, symbols)
+        return symbols
+
+
+def _meta_out(meta: Meta) -> tuple[object, ...]:
+    return (meta.dtype, meta.device, meta.shape)
+
+
+def _variant_out(v: Variant) -> tuple[object, ...]:
+    return (v.graph, v.takes, tuple(map(_meta_out, v.metas)), v.captures, v.gives)
+
+
+_VariantText = tuple[int, object, tuple[object, ...], tuple[int, ...], object]
+
+
+def _variant_in(data: _VariantText) -> Variant:
+    graph, takes, metas, captures, gives = data
+    return Variant(graph, takes, _metas_in(metas), captures, gives)
+
+
+def _metas_in(data: tuple[object, ...]) -> tuple[Meta, ...]:
+    return tuple(Meta(*cast("tuple[torch.dtype | None, str, tuple[Dim, ...]]", m)) for m in data)
+
+
+@functools.lru_cache(maxsize=4096)
+def loads(text: str) -> Layout:
+    """The layout that `Layout.dumps` wrote.
+
+    Raises:
+        LayoutError: It is damaged, or was written by another version of hopkit.
+    """
+    version, *rest = cast("tuple[object, ...]", codec.loads(text))
+    if version != VERSION:
+        raise LayoutError(
+            "hopkit=",
+            f"is of layout version {version!r}, and this hopkit reads version {VERSION}",
+            why="a node that is read wrongly would compute something else",
+            todo="Record the graph again, or install the hopkit that made it",
+        )
+    values, subgraphs, metas, outputs, transforms = rest
+    return Layout(
+        cast("dict[str, object]", values),
+        {
+            name: tuple(tuple(map(_variant_in, variants)) for variants in many)
+            for name, many in cast("dict[str, tuple[tuple[_VariantText, ...], ...]]", subgraphs).items()
+        },
+        _metas_in(cast("tuple[object, ...]", metas)),
+        cast("tuple[int, ...]", outputs),
+        cast("tuple[tuple[object, ...], ...]", transforms),
+    )
+
+
+class Slots:
+    """Splits pytrees into what a graph takes as inputs (tensors, SymInts) and the constants around them."""
+
+    def __init__(self, *, unique: bool = True) -> None:
+        self.inputs: list[object] = []
+        self._unique = unique
+        self._seen: dict[int, Slot] = {}
+
+    def split(self, value: object) -> object:
+        """``value`` with a `Slot` in place of every input, which is appended to ``inputs`` (if unique, once)."""
+        leaves, tree = trees.flatten(value)
+        return trees.unflatten([self._slot(leaf) for leaf in leaves], tree)
+
+    def _slot(self, leaf: object) -> object:
+        if not isinstance(leaf, (torch.Tensor, torch.SymInt, torch.SymFloat, torch.SymBool)):
+            return leaf
+        if not self._unique or id(leaf) not in self._seen:
+            self._seen[id(leaf)] = Slot(len(self.inputs))
+            self.inputs.append(leaf)
+        return self._seen[id(leaf)]
+
+
+def fill(value: object, inputs: Sequence[object]) -> object:
+    """``value`` with the inputs in place of its slots; the inverse of `Slots.split`."""
+    return trees.map_only(Slot, lambda slot: inputs[slot.index], value)

@@ -1,0 +1,41 @@
+"""The table of modes: every situation in which torch can call an op, in the order in which torch asks."""
+
+from __future__ import annotations
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Mode:
+    """One situation in which torch can call an op.
+
+    Args:
+        name: An identifier. The mode's hook is called ``hopkit_<name>_rule``.
+        entry: Where torch enters. Built-in modes name it for the reader; a mode that a plugin adds gives the
+            ``TorchDispatchMode`` class, the ``torch.Tensor`` subclass or the ``DispatchKey`` itself.
+        gives: What a rule of this mode must give, in one sentence.
+        default: What answers where no rule was written: "derived" (from the body) or "decomposing" (the body runs
+            in the mode, and the op vanishes).
+        open: Whether plugins and authors may supply rules for it.
+    """
+
+    name: str
+    entry: object
+    gives: str
+    default: str = "derived"
+    open: bool = True
+
+
+BUILTIN = (
+    Mode("autograd", "DispatchKey.Autograd", "first and second derivatives, captures included"),
+    Mode("functionalize", "FunctionalTensorMode", "the op without mutation, its subgraphs made pure"),
+    Mode("proxy", "ProxyTorchDispatchMode", "one node in the graph per call"),
+    Mode("fake", "FakeTensorMode", "shapes, strides, dtypes and devices, without running a kernel"),
+    Mode("device", "DispatchKey.CompositeExplicitAutograd", "the value"),
+    Mode("vmap", "TransformType.Vmap", "the body, batched", "decomposing", open=False),
+    Mode("jvp", "TransformType.Jvp, forward AD levels", "the body's tangent", "decomposing", open=False),
+    Mode("grad", "TransformType.Grad", "the body's derivative", "decomposing", open=False),
+    Mode("dynamo", "torch.compile, strict export", "the body, traced inline", "decomposing", open=False),
+    Mode("user_mode", "TorchDispatchMode", "the inside of the op", "decomposing", open=False),
+    Mode("subclass", "__torch_dispatch__", "the inside of the op", "decomposing", open=False),
+)

@@ -1,0 +1,220 @@
+"""The live operator: how a call finds its way, in place or into torch's dispatcher."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Generic, TypeAlias, cast
+
+import torch
+from typing_extensions import ParamSpec, TypeVar
+
+from hopkit import binding, install, layout
+from hopkit._torch import keys, schema, state, trees
+from hopkit._torch.autograd import needs_gradient, raise_in_backward
+from hopkit._torch.operator import Operator, Place as TorchPlace
+from hopkit.call import Call
+from hopkit.errors import AutogradError, LayoutError
+from hopkit.record import Recorder, Unrecordable, plain_form
+from hopkit.rule import Answer, Place, Table, ask
+from hopkit.spec import Kind, OpSpec
+
+if TYPE_CHECKING:
+    from hopkit.modes import Mode
+
+P = ParamSpec("P")
+R = TypeVar("R", covariant=True)
+
+F = TypeVar("F")
+
+Attach: TypeAlias = "Callable[[AnyOp, str, object, str], None]"
+AnyOp: TypeAlias = "Op[..., object]"
+
+_vanished: contextvars.ContextVar[frozenset[str]] = contextvars.ContextVar("hopkit.decompose", default=frozenset())
+
+
+@contextlib.contextmanager
+def decompose(*ops: AnyOp) -> Iterator[None]:
+    """Inside, these ops vanish: their bodies run in their place, whatever records, and no rule is asked.
+
+    Args:
+        ops: The ops. At least one.
+    """
+    if not ops:
+        raise TypeError("decompose() needs at least one op")
+    token = _vanished.set(_vanished.get() | {op.spec.name for op in ops})
+    try:
+        yield
+    finally:
+        _vanished.reset(token)
+
+
+class Op(Generic[P, R]):
+    """An op: called like its author's function, and known to torch as ``torch.ops.higher_order.<name>``."""
+
+    def __init__(self, spec: OpSpec, load: Callable[[], None] | None, attach: Attach) -> None:
+        self.spec = spec
+        self.before: AnyOp | None = None
+        self.place = TorchPlace(spec.name)
+        self.operator = Operator(spec.name, self._enter_flat, self._run_flat, self._schema)
+        self.author: list[Answer] = []
+        self.table: Table = {}
+        self._body = cast("Callable[..., R]", spec.body)
+        self._checks = binding.checks(spec)
+        self._load, self._attach = load, attach
+        self._transparent = False
+        self._asking: frozenset[type] = frozenset()
+        self._eager = False
+        functools.update_wrapper(self, spec.body)
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        if self._transparent and state.quiet() and binding.passes(self._checks, args, kwargs):
+            try:
+                return self._body(*args, **kwargs)
+            except TypeError:
+                binding.bind(self.spec, args, kwargs)  # a call that does not fit gets the better message
+                raise
+        return cast("R", self._enter(args, kwargs))
+
+    def __repr__(self) -> str:
+        return f"<op {self.spec.name}{self.spec.shown()}>"
+
+    def __reduce__(self) -> str:
+        return self.__qualname__
+
+    # -- rules -------------------------------------------------------------------------------------------------------
+
+    def loaded(self) -> None:
+        """The installed plugins are there. Until then no call takes the short cut: a plugin may ask for the op.
+
+        They come with the first call, not with the import: a plugin may be what is being imported.
+        """
+        self._load = None
+        self._transparent = self._shortest
+
+    def rule(self, mode: str, *, device: str = "") -> Callable[[F], F]:
+        """Attach a rule of the author's: ``@op.rule("fake")``.
+
+        Args:
+            mode: The mode it answers in.
+            device: For mode "device", the device type it is limited to, such as "cuda".
+
+        Raises:
+            PluginError: There is no such mode, or the rule does not fit it.
+        """
+
+        def attach(rule: F) -> F:
+            self._attach(self, mode, rule, device)
+            return rule
+
+        return attach
+
+    def install(self, table: Table, modes: Sequence[Mode]) -> None:
+        """Let these rules answer, in torch's tables and in plain eager."""
+        self.table = table
+        self.operator.install(install.kernels(self.spec.name, table, modes, self._decode))
+        written = {mode for mode, answers in table.items() if answers and answers[0].place is not Place.BUILTIN}
+        self._eager = bool(written & {"device", "autograd"})
+        added = {cast("type", mode.entry) for mode in modes if mode.name in written and isinstance(mode.entry, type)}
+        named = {"fake": keys.FAKE, "proxy": keys.PROXY, "functionalize": keys.FUNCTIONALIZE}
+        self._asking = frozenset(added | {key for mode, key in named.items() if mode in written})
+        self._subclasses = tuple(kind for kind in added if issubclass(kind, torch.Tensor))
+        self._backends = any(not isinstance(mode.entry, (type, str)) for mode in modes if mode.name in written)
+        asks = self._eager or self._subclasses or self._backends
+        self._shortest = not asks and self.spec.autograd == "derive"
+        self._transparent = self._shortest and self._load is None
+
+    # -- the way in, with the author's arguments ---------------------------------------------------------------------
+
+    def _enter(self, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
+        if torch.compiler.is_dynamo_compiling():
+            return self._body(*args, **kwargs)
+        if self._load is not None:
+            self._load()
+        values = binding.bind(self.spec, args, kwargs)
+        if self._asked([values[p.name] for p in self.spec.of_kind(Kind.OPERAND)]):
+            try:
+                return self._dispatch(values)
+            except Unrecordable as reason:
+                reason.report(self.spec)
+        return self._in_place(lambda: self._body(*args, **kwargs), [*args, *kwargs.values()])
+
+    def _asked(self, operands: Sequence[object]) -> bool:
+        """Whether something active asks for the op whole; otherwise its body runs in place."""
+        if self.spec.name in _vanished.get():
+            return False
+        if state.recording():
+            return not any(state.foreign(leaf) for leaf in trees.leaves(operands))
+        if state.transforming() or state.forward_mode():
+            return False
+        if self._eager or self._backends:
+            return True
+        if any(type(mode) in self._asking or mode.supports_higher_order_operators for mode in state.dispatch_modes()):
+            return True
+        return bool(self._subclasses) and any(isinstance(leaf, self._subclasses) for leaf in trees.leaves(operands))
+
+    def _dispatch(self, values: Mapping[str, object]) -> object:
+        plain = plain_form(self.spec, values)
+        if plain is not None:
+            graph, inputs, options = plain
+            return self.operator.redispatch(graph, inputs, **options)
+        recording = Recorder(self.spec, values).record()
+        keywords = {layout.KEYWORD: recording.layout.dumps()}
+        outputs = self.operator.redispatch(*recording.graphs, recording.inputs, **recording.options, **keywords)
+        return recording.restore(cast("Sequence[object]", outputs))
+
+    def _in_place(self, run: Callable[[], object], inputs: Sequence[object]) -> object:
+        with torch.profiler.record_function(self.spec.name) if state.profiling() else contextlib.nullcontext():
+            if self.spec.autograd == "derive" or not torch.is_grad_enabled() or state.transforming():
+                return run()
+            return self._by_policy(run, inputs)
+
+    def _by_policy(self, run: Callable[[], object], inputs: Sequence[object]) -> object:
+        asked = needs_gradient(trees.quick_leaves(inputs))
+        if asked and self.spec.autograd == "error":
+            raise AutogradError(
+                f"op '{self.spec.name}'",
+                "was called with inputs that require gradients",
+                why='its author declared `autograd="error"`',
+                todo="Call it under torch.no_grad(), or on detached tensors",
+            )
+        with torch.no_grad() if asked else contextlib.nullcontext():
+            outputs = run()
+        if asked or needs_gradient(trees.quick_leaves([outputs])):
+            return raise_in_backward(f"Autograd not implemented for {self.spec.name}", outputs)
+        return outputs
+
+    # -- the way in, as a node of a graph ----------------------------------------------------------------------------
+
+    def _enter_flat(self, *args: object, **kwargs: object) -> object:
+        if self._load is not None:
+            self._load()
+        call = self._decode(*args, **kwargs)
+        if not (self._transparent and state.quiet()) and self._asked(call.inputs):
+            return self.operator.redispatch(*args, **kwargs)
+        return self._in_place(call.run, call.inputs)
+
+    def _run_flat(self, *args: object, **kwargs: object) -> object:
+        return self._decode(*args, **kwargs).run()
+
+    def _decode(self, *args: object, **kwargs: object) -> Call:
+        *graphs, inputs = args
+        text = kwargs.pop(layout.KEYWORD, None)
+        known = layout.loads(cast("str", text)) if text is not None else None
+        return Call(
+            self.spec,
+            self.operator,
+            tuple(cast("list[Callable[..., object]]", graphs)),
+            tuple(cast("Sequence[object]", inputs)),
+            kwargs,
+            known,
+        )
+
+    def _schema(self, *args: object, **kwargs: object) -> object:
+        call = self._decode(*args, **kwargs)
+        outputs = trees.leaves(call.rehearsal.outputs)
+        mutated = [i for i in range(len(call.inputs)) if call.parameter(i) in self.spec.mutates]
+        return schema.generate(self.operator, call.graphs, call.inputs, call.keywords, outputs, mutated)

@@ -1,0 +1,399 @@
+"""Run a body once on stand-ins, and learn what each subgraph is called with and what it closes over.
+
+This is the one recording step. A body receives a `Probe` for every subgraph; what the probes saw becomes the node's
+graphs, its inputs (operands, then captures) and its `Layout`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import cast
+
+import torch
+
+from hopkit._torch import sizes, trees
+from hopkit._torch.fakes import Stage, same_storage
+from hopkit._torch.watch import Substitute, Watch
+from hopkit.codec import Slot
+from hopkit.errors import DataDependentError, HopkitWarning, PropertyError, SubgraphError
+from hopkit.layout import Layout, Meta, Slots, Variant, fill
+from hopkit.spec import Kind, OpSpec
+
+MOST_SIGNATURES = 64
+"""How many graphs one node may carry; a call that needs more decomposes."""
+
+
+class Unrecordable(Exception):
+    """The call cannot be one node of a graph; running the body in its place is right."""
+
+    def __init__(self, reason: str, property_: str = "") -> None:
+        super().__init__(reason)
+        self.reason, self.property = reason, property_
+
+    def report(self, spec: OpSpec) -> None:
+        """Warn that the call decomposes; under ``HOPKIT_STRICT=1`` raise instead."""
+        todo = f"Declare `{self.property}` in define" if self.property else "Change the subgraph, or live with it"
+        if os.environ.get("HOPKIT_STRICT", "0") not in ("", "0"):
+            raise PropertyError(
+                f"op '{spec.name}'", self.reason, why="a node of a graph must be a function of its inputs", todo=todo
+            )
+        warnings.warn(
+            f"op '{spec.name}' is not kept in the graph, its body is recorded in its place: {self.reason}. {todo}.",
+            HopkitWarning,
+            stacklevel=4,
+        )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Graph:
+    """One subgraph on one signature, closed: every tensor it uses is an input.
+
+    Args:
+        function: The author's callable.
+        takes: As in `Variant`.
+        captured: The outside values it uses; the inputs after the slots of ``takes`` stand in for them.
+        key: Equal for graphs that would be traced to the same code.
+    """
+
+    function: Callable[..., object]
+    takes: object
+    slots: int
+    captured: tuple[object, ...]
+    key: tuple[object, ...]
+
+    def __call__(self, *inputs: object) -> tuple[object, ...]:
+        stand_ins = {_identity(old): new for old, new in zip(self.captured, inputs[self.slots :], strict=True)}
+        args, kwargs = cast("tuple[tuple[object, ...], dict[str, object]]", fill(self.takes, inputs))
+        with Substitute(lambda value: stand_ins.get(_identity(value), value)):
+            result = self.function(*args, **kwargs)
+        outputs = Slots(unique=False)
+        outputs.split(result)
+        return tuple(outputs.inputs)
+
+
+def _identity(value: object) -> object:
+    return id(value) if isinstance(value, torch.Tensor) else str(value)
+
+
+class Probe:
+    """Stands in for a subgraph while its op's body is rehearsed."""
+
+    def __init__(self, recorder: Recorder, name: str, function: Callable[..., object]) -> None:
+        self._recorder, self.name, self.function = recorder, name, function
+        self.calls: list[_Seen] = []
+
+    def __call__(self, *args: object, **kwargs: object) -> object:
+        slots = Slots(unique=False)
+        takes = slots.split((args, kwargs))
+        with self._recorder.running(slots.inputs) as (used, steps):
+            result = self.function(*args, **kwargs)
+        gives = Slots(unique=False).split(self._checked(result))
+        self.calls = self._merged([*self.calls, _Seen(takes, tuple(slots.inputs), used, steps, gives)])
+        return result
+
+    def _merged(self, calls: Sequence[_Seen]) -> list[_Seen]:
+        """One call per signature. Signatures can become one afterwards, when a symbolic size turns out to be fixed."""
+        merged: list[_Seen] = []
+        for call in calls:
+            known = next((m for m in merged if (m.takes, m.metas) == (call.takes, call.metas)), None)
+            if known is None:
+                merged.append(call)
+            elif (known.used, known.steps, known.gives) != (call.used, call.steps, call.gives):
+                raise Unrecordable(f"subgraph '{self.name}' does something else when it is called again")
+        if len(merged) > MOST_SIGNATURES:
+            raise Unrecordable(f"subgraph '{self.name}' is called on more than {MOST_SIGNATURES} different signatures")
+        return merged
+
+    def _checked(self, result: object) -> object:
+        for leaf in trees.leaves(result):
+            if not (leaf is None or isinstance(leaf, _CARRIED)):
+                raise SubgraphError(
+                    f"subgraph '{self.name}' of op '{self._recorder.spec.name}'",
+                    f"returned a {type(leaf).__qualname__}: {leaf!r}",
+                    why="what a subgraph returns becomes outputs of a graph",
+                    todo="Return a pytree (tuple, list, dict, named tuple, registered dataclass) of tensors and numbers",
+                )
+        return result
+
+    def close(self, first: int) -> tuple[list[Graph], tuple[Variant, ...]]:
+        """The graphs of this subgraph, numbered from ``first``, and what the layout says of them."""
+        graphs, variants = [], []
+        for call in self._merged(self.calls):
+            captured = tuple(self._recorder.inputs[i] for i in call.used)
+            key = (Same(self.function), repr(call.takes), len(call.used), tuple(call.steps))
+            variants.append(Variant(first + len(graphs), call.takes, call.metas, tuple(call.used), call.gives))
+            graphs.append(Graph(self.function, call.takes, len(call.inputs), captured, key))
+        return graphs, tuple(variants)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Seen:
+    """One call of a subgraph: what it took, which inputs of the op it used besides, what it did and gave."""
+
+    takes: object
+    inputs: tuple[object, ...]
+    used: list[int]
+    steps: list[object]
+    gives: object
+
+    @property
+    def metas(self) -> tuple[Meta, ...]:
+        return tuple(map(Meta.of, self.inputs))
+
+
+_CARRIED = (torch.Tensor, torch.SymInt, torch.SymFloat, torch.SymBool, int, float, bool, complex, str, torch.dtype, torch.device)
+
+
+@dataclasses.dataclass(frozen=True)
+class Same:
+    """Compares by identity, and keeps its object alive so that no other takes its id."""
+
+    value: object
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Same) and other.value is self.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+
+@dataclasses.dataclass(frozen=True)
+class Recording:
+    """A call in flat form.
+
+    Args:
+        graphs: The closed subgraphs.
+        inputs: Operands, then captures.
+        options: What torch can keep as a node's keyword; other options are in the layout.
+        layout: How they make up the call.
+        result: The body's result, with a `Slot` for every output of the node; what is an input stands for itself.
+    """
+
+    graphs: tuple[Graph, ...]
+    inputs: tuple[object, ...]
+    options: Mapping[str, object]
+    layout: Layout
+    result: object
+
+    def restore(self, outputs: Sequence[object]) -> object:
+        """The body's result, from what the node returned."""
+        return fill(self.result, outputs)
+
+
+class Recorder:
+    """Rehearses one call of an op."""
+
+    def __init__(self, spec: OpSpec, values: Mapping[str, object]) -> None:
+        self.spec = spec
+        slots = Slots()
+        self._values = {p.name: slots.split(values[p.name]) for p in spec.of_kind(Kind.OPERAND)}
+        options = {p.name: plain_number(values[p.name]) for p in spec.of_kind(Kind.OPTION)}
+        self._options = {name: value for name, value in options.items() if type(value) in _NATIVE}
+        self._values.update({name: value for name, value in options.items() if name not in self._options})
+        self.inputs = slots.inputs
+        self._operands = len(self.inputs)
+        self._index = {_identity(value): i for i, value in enumerate(self.inputs)}
+        self._stage = Stage(self.inputs)
+        self._fakes: list[object] = []
+        self._watch = Watch()
+        self._probes = {
+            p.name: [Probe(self, name, f) for name, f in subgraphs(p.name, values[p.name])]
+            for p in spec.of_kind(Kind.SUBGRAPH, Kind.SUBGRAPHS)
+        }
+
+    def record(self) -> Recording:
+        """The call in flat form.
+
+        Raises:
+            Unrecordable: The call cannot be one node.
+            DataDependentError: The body decides on a value, and ``inputs=`` or ``outputs=`` is missing.
+        """
+        with self._stage.open():
+            self._fakes.extend(map(self._fake, self.inputs))
+            with self._watch:
+                result = self._rehearse()
+            return self._close(result)
+
+    def _fake(self, value: object) -> object:
+        return self._stage.fake(value) if isinstance(value, torch.Tensor) else value
+
+    def _rehearse(self) -> object:
+        values: dict[str, object] = {name: fill(v, self._fakes) for name, v in self._values.items()}
+        values.update(self._options)
+        for p in self.spec.of_kind(Kind.SUBGRAPH, Kind.SUBGRAPHS):
+            probes = self._probes[p.name]
+            values[p.name] = tuple(probes) if p.kind is Kind.SUBGRAPHS else probes[0]
+        args, kwargs = self.spec.arguments(values)
+        return run_or_examples(self.spec, args, kwargs, [p for many in self._probes.values() for p in many])
+
+    # -- what a probe tells while its subgraph runs ------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def running(self, inputs: Sequence[object]) -> Iterator[tuple[list[int], list[object]]]:
+        """Inside, tensors from outside the subgraph are replaced by stand-ins; gives their numbers, and the steps."""
+        used: list[int] = []
+        covered = sizes.symbols(inputs)
+
+        def replace(value: object) -> object:
+            if isinstance(value, torch.Tensor):
+                if self._stage.owns(value):
+                    return value
+            elif not sizes.symbols([value]) - covered:
+                return value
+            index = self._capture(value)
+            if index not in used:
+                used.append(index)
+                covered.update(sizes.symbols([self._fakes[index]]))
+            return self._fakes[index]
+
+        with Substitute(replace) as mode:
+            yield used, mode.steps
+
+    def _capture(self, value: object) -> int:
+        key = _identity(value)
+        if key not in self._index:
+            self._index[key] = len(self.inputs)
+            self.inputs.append(value)
+            self._fakes.append(self._fake(value))
+        return self._index[key]
+
+    # -- afterwards --------------------------------------------------------------------------------------------------
+
+    def _close(self, result: object) -> Recording:
+        self._refuse_writes()
+        leaves, tree = trees.flatten(result)
+        kept: list[int] = []
+        restored: list[object] = []
+        outputs: dict[int, Slot] = {}
+        inputs = {id(fake): value for fake, value in zip(self._fakes, self.inputs, strict=True)}
+        for position, leaf in enumerate(leaves):
+            if id(leaf) in inputs:
+                restored.append(inputs[id(leaf)])
+            elif isinstance(leaf, torch.Tensor) or sizes.unbacked(leaf):
+                if id(leaf) not in outputs:
+                    self._refuse_view(leaf, [leaves[k] for k in kept])
+                    outputs[id(leaf)] = Slot(len(kept))
+                    kept.append(position)
+                restored.append(outputs[id(leaf)])
+            else:
+                restored.append(leaf)
+        graphs: list[Graph] = []
+        variants: dict[str, tuple[tuple[Variant, ...], ...]] = {}
+        for name, probes in self._probes.items():
+            many: list[tuple[Variant, ...]] = []
+            for probe in probes:
+                new, told = probe.close(len(graphs))
+                graphs.extend(new)
+                many.append(told)
+            variants[name] = tuple(many)
+        layout = Layout(self._values, variants, tuple(map(Meta.of, self.inputs)), tuple(kept))
+        return Recording(tuple(graphs), tuple(self.inputs), self._options, layout, trees.unflatten(restored, tree))
+
+    def _refuse_writes(self) -> None:
+        for index, fake in enumerate(self._fakes):
+            if isinstance(fake, torch.Tensor) and self._watch.wrote_to(fake):
+                raise Unrecordable(f"it writes to {self._name(index)}", f"mutates=({self._name(index)!r},)")
+
+    def _refuse_view(self, leaf: object, earlier: Sequence[object]) -> None:
+        if not isinstance(leaf, torch.Tensor):
+            return
+        for index, fake in enumerate(self._fakes):
+            if isinstance(fake, torch.Tensor) and same_storage(leaf, fake):
+                raise Unrecordable(f"an output is a view of {self._name(index)}", f"aliases=({self._name(index)!r},)")
+        if any(isinstance(other, torch.Tensor) and same_storage(leaf, other) for other in earlier):
+            raise Unrecordable("two outputs share memory")
+
+    def _name(self, index: int) -> str:
+        """What the author calls input number ``index``."""
+        for name, value in self._values.items():
+            if any(isinstance(leaf, Slot) and leaf.index == index for leaf in trees.leaves(value)):
+                return f"operand '{name}'"
+        for probes in self._probes.values():
+            for probe in probes:
+                if any(index in call.used for call in probe.calls):
+                    name = variable_name(probe.function, self.inputs[index])
+                    return f"'{name}', which subgraph '{probe.name}' closes over"
+        return f"input {index}"
+
+
+_NATIVE = (bool, int, float, str, type(None), torch.dtype, torch.device)
+
+
+def plain_number(option: object) -> object:
+    """A symbolic option as a number: torch guards on it."""
+    return int(option) if isinstance(option, torch.SymInt) else option
+
+
+def plain_form(spec: OpSpec, values: Mapping[str, object]) -> tuple[object, tuple[object, ...], dict[str, object]] | None:
+    """``(graph, inputs, options)`` where the call needs no layout, or None.
+
+    That is an op of one ``GraphModule`` and one flat tuple, without a derivative to record: the graph is carried as it
+    stands, and the node says nothing but ``(graph, args)``.
+    """
+    if len(spec.parameters) < 2 or spec.autograd == "derive":
+        return None
+    subgraph, operand, *options = spec.parameters
+    if not subgraph.graph_only or operand.kind is not Kind.OPERAND or any(p.kind is not Kind.OPTION for p in options):
+        return None
+    inputs, chosen = values[operand.name], {p.name: plain_number(values[p.name]) for p in options}
+    if not trees.is_flat(inputs) or any(type(v) not in _NATIVE for v in chosen.values()):
+        return None
+    return values[subgraph.name], cast("tuple[object, ...]", inputs), chosen
+
+
+def subgraphs(name: str, value: object) -> list[tuple[str, Callable[..., object]]]:
+    """The subgraphs that a parameter holds, each with a name for messages."""
+    if isinstance(value, (tuple, list)):
+        return [(f"{name}[{i}]", f) for i, f in enumerate(value)]
+    return [(name, cast("Callable[..., object]", value))]
+
+
+def run_or_examples(
+    spec: OpSpec, args: Sequence[object], kwargs: Mapping[str, object], probes: Sequence[Callable[..., object]]
+) -> object:
+    """The body's result on stand-ins; where ``inputs=`` is declared, the probes are called as it says."""
+    if spec.inputs is not None:
+        examples = cast("Sequence[Sequence[object]]", spec.inputs(*args, **kwargs))
+        for probe, example in zip(probes, examples, strict=True):
+            probe(*example)
+        if spec.outputs is not None:
+            return spec.outputs(*args, **kwargs)
+    try:
+        return spec.body(*args, **kwargs)
+    except sizes.DATA_DEPENDENT as error:
+        raise DataDependentError(
+            f"op '{spec.name}'",
+            f"cannot be recorded: its body decides on a tensor's value ({str(error).splitlines()[0]})",
+            why="while a graph is recorded, tensors have shapes and no values",
+            todo="Give define both `inputs=lambda ...: (args_of_first_subgraph, args_of_second, ...)` and "
+            "`outputs=lambda ...: example_result`",
+        ) from error
+
+
+def variable_name(function: Callable[..., object], value: object) -> str:
+    """What ``function`` calls a value that it closes over."""
+    owner = getattr(function, "__self__", function)
+    if isinstance(owner, torch.nn.Module):
+        for name, tensor in (*owner.named_parameters(), *owner.named_buffers()):
+            if tensor is value:
+                return name
+    code, cells = getattr(function, "__code__", None), getattr(function, "__closure__", None) or ()
+    for name, cell in zip(code.co_freevars if code else (), cells, strict=True):
+        held = cell.cell_contents
+        if held is value:
+            return str(name)
+        if isinstance(held, torch.nn.Module):
+            inner = variable_name(held, value)
+            if inner != _UNNAMED:
+                return f"{name}.{inner}"
+    for name in code.co_names if code else ():
+        if function.__globals__.get(name) is value:
+            return str(name)
+    return _UNNAMED
+
+
+_UNNAMED = "a tensor"

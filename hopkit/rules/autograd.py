@@ -1,0 +1,103 @@
+"""autograd: the op forward, and the op under vjp backward.
+
+In plain eager no rule is asked: ordinary autograd sees the body. Where the op is recorded, or has a kernel of its own,
+the tape holds one step: forward is the op below autograd, backward is the op whose body is vjp(body), which is itself
+differentiated the same way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from hopkit.extend import AutogradError, Call, OpSpec, Rule, hookimpl
+from hopkit.extend.autograd import (
+    apply,
+    below_autograd,
+    differentiable,
+    forward_mode,
+    needs_gradient,
+    raise_in_backward,
+)
+
+
+@hookimpl
+def hopkit_autograd_rule(op: OpSpec) -> Rule:
+    """By the op's policy."""
+    return {"derive": derive, "deferred_error": deferred_error, "error": error}[op.autograd]
+
+
+def derive(call: Call) -> object:
+    """Differentiate the body."""
+    if forward_mode():
+        return call.run()
+    if not needs_gradient(call.inputs):
+        return below(call)
+    if call.layout is None or call.rehearsal.random or call.rehearsal.opaque:
+        # vjp would draw other random numbers, or miss a backward that the recorded graph cannot show: autograd sees
+        # the body instead.
+        return call.run()
+    return apply(Derived(call), call.inputs)
+
+
+class Derived:
+    """The op as one step of the tape."""
+
+    def __init__(self, call: Call) -> None:
+        self._call = call
+
+    def forward(self, inputs: tuple[object, ...]) -> tuple[tuple[object, ...], tuple[object, ...]]:
+        """The op, below autograd. The inputs are saved; backward computes what else it needs."""
+        outputs = below(self._call.replace(inputs=inputs))
+        assert isinstance(outputs, tuple)
+        return outputs, inputs
+
+    def backward(
+        self, saved: tuple[object, ...], gradients: tuple[torch.Tensor | None, ...]
+    ) -> Sequence[torch.Tensor | None]:
+        """The op under vjp, called with the saved inputs and the gradients that there are."""
+        wrt = [i for i, value in enumerate(self._call.inputs) if needs(value)]
+        given = [i for i, gradient in enumerate(gradients) if gradient is not None]
+        found = self._call.replace(inputs=saved).vjp(wrt, given, [gradients[i] for i in given])()
+        assert isinstance(found, tuple)
+        results: list[torch.Tensor | None] = [None] * len(saved)
+        for i, gradient in zip(wrt, found, strict=True):
+            results[i] = gradient
+        return results
+
+
+def needs(value: object) -> bool:
+    """Whether backward must give this input's gradient."""
+    return isinstance(value, torch.Tensor) and value.requires_grad and differentiable(value)
+
+
+def below(call: Call) -> object:
+    """The op, without autograd."""
+    with below_autograd():
+        return call()
+
+
+def deferred_error(call: Call) -> object:
+    """Outputs whose backward raises."""
+    if forward_mode():
+        return call.run()
+    outputs = below(call)
+    return raise_in_backward(message(call), outputs) if needs_gradient(call.inputs) else outputs
+
+
+def error(call: Call) -> object:
+    """No call where a gradient would be asked for."""
+    if not needs_gradient(call.inputs):
+        return below(call)
+    raise AutogradError(
+        f"op '{call.op.name}'",
+        "was called with inputs that require gradients",
+        why='its author declared `autograd="error"`',
+        todo="Call it under torch.no_grad(), or on detached tensors",
+    )
+
+
+def message(call: Call) -> str:
+    """What backward raises, in torch's words."""
+    return f"Autograd not implemented for {call.op.name}"

@@ -1,0 +1,24 @@
+"""functionalize: the op without mutation. Its subgraphs are made pure, and the op goes on as itself.
+
+A subgraph that writes to an input, or an output that shares memory with one, never gets here: such a call is not
+recorded as a node (hopkit/record.py).
+"""
+
+from __future__ import annotations
+
+from hopkit.extend import Call, OpSpec, Rule, hookimpl
+from hopkit.extend.functionalize import Functionalizer, pure
+
+
+@hookimpl
+def hopkit_functionalize_rule(op: OpSpec) -> Rule:
+    """The same rule for every op."""
+    return functionalize
+
+
+def functionalize(layer: Functionalizer, call: Call) -> object:
+    """Call the op below functionalization, on plain tensors and pure subgraphs."""
+    (inputs,) = layer.unwrap_tensors((call.inputs,))
+    with layer.redispatch_to_next():
+        outputs = call.replace(graphs=[pure(layer, graph) for graph in call.graphs], inputs=inputs)()
+        return layer.wrap_tensors(outputs)

@@ -1,0 +1,147 @@
+"""What an op is: frozen data. Neither torch nor pluggy is imported here."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from typing_extensions import TypeVar
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Out = TypeVar("Out", covariant=True, default="Tensor")
+
+AutogradPolicy = Literal["derive", "deferred_error", "error"]
+
+
+class Subgraph(Protocol[Out]):
+    """A callable that an op carries: a Python function before tracing, a ``GraphModule`` after.
+
+    ``Subgraph`` alone returns a tensor; ``Subgraph[tuple[Tensor, Tensor]]`` returns what it says.
+    """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Out: ...
+
+
+class Kind(enum.Enum):
+    """What a parameter is to the modes."""
+
+    SUBGRAPH = "subgraph"
+    SUBGRAPHS = "tuple of subgraphs"
+    OPERAND = "operand"
+    OPTION = "option"
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameter:
+    """One parameter of an op.
+
+    Args:
+        name: As in the body.
+        kind: What it is to the modes.
+        annotation: The annotation as the author would write it, for messages and the repr.
+        passing: How Python passes it (``inspect.Parameter.KEYWORD_ONLY`` and so on).
+        default: ``inspect.Parameter.empty`` where there is none.
+        graph_only: A subgraph that must be a ``torch.fx.GraphModule``.
+    """
+
+    name: str
+    kind: Kind
+    annotation: str
+    passing: inspect._ParameterKind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    default: object = inspect.Parameter.empty
+    graph_only: bool = False
+
+    @property
+    def variadic(self) -> bool:
+        """Whether this is ``*name``; its value is then a tuple."""
+        return self.passing is inspect.Parameter.VAR_POSITIONAL
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """One example call of an op, for ``check`` and for the tests.
+
+    Args:
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+        name: A short label, shown in reports.
+    """
+
+    args: tuple[object, ...]
+    kwargs: Mapping[str, object] = dataclasses.field(default_factory=dict)
+    name: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class OpSpec:
+    """The frozen description of an op. ``hopkit.define`` makes the live op from it.
+
+    Args:
+        name: torch's name for the op; an identifier, unique in the process. Prefix it with your package.
+        body: An ordinary function that calls the subgraphs it is given. It is the op's meaning.
+        parameters: What the body takes; ``hopkit.parameters.parse(body)`` reads it from the annotations.
+        inputs: ``inputs(*op_args)`` gives, per subgraph parameter, the tuple of example arguments it is called with.
+        outputs: A fake rule with the body's signature: the outputs' shapes, without deciding on values.
+        autograd: "derive", "deferred_error" (outputs raise in backward) or "error" (the call raises).
+        pure: The result depends on the arguments alone.
+        mutates: Names of operands that the op writes to.
+        aliases: Names of operands that outputs may share memory with.
+        effectful: The op does more than return: it is ordered and never removed.
+        random: The op draws random numbers.
+        outline: Keep the op's subgraph as one compiled region.
+        samples: Gives example calls, for ``check``.
+    """
+
+    name: str
+    body: Callable[..., object]
+    parameters: tuple[Parameter, ...]
+    inputs: Callable[..., object] | None = None
+    outputs: Callable[..., object] | None = None
+    autograd: AutogradPolicy = "derive"
+    pure: bool = True
+    mutates: tuple[str, ...] = ()
+    aliases: tuple[str, ...] = ()
+    effectful: bool = False
+    random: bool = False
+    outline: bool = False
+    samples: Callable[[], Iterable[Sample]] | None = None
+
+    def __repr__(self) -> str:
+        return f"OpSpec({self.name!r}, {self.shown()})"
+
+    def of_kind(self, *kinds: Kind) -> tuple[Parameter, ...]:
+        """The parameters of the given kinds, in order."""
+        return tuple(p for p in self.parameters if p.kind in kinds)
+
+    def signature(self) -> inspect.Signature:
+        """The parameters as Python's own signature."""
+        return inspect.Signature(
+            [inspect.Parameter(p.name, p.passing, default=p.default, annotation=p.annotation) for p in self.parameters]
+        )
+
+    def shown(self) -> str:
+        """The parameters as their author wrote them."""
+        text = str(self.signature())
+        for p in self.parameters:
+            text = text.replace(f"'{p.annotation}'", p.annotation)
+        return text
+
+    def arguments(self, values: Mapping[str, object]) -> tuple[list[object], dict[str, object]]:
+        """``(args, kwargs)`` that pass ``values``, one for every parameter, to the body."""
+        args: list[object] = []
+        kwargs: dict[str, object] = {}
+        for p in self.parameters:
+            value = values[p.name]
+            if p.variadic:
+                assert isinstance(value, tuple)
+                args.extend(value)
+            elif p.passing is inspect.Parameter.KEYWORD_ONLY:
+                kwargs[p.name] = value
+            else:
+                args.append(value)
+        return args, kwargs

@@ -1,0 +1,144 @@
+"""The body of an op in flat form, and what a transform makes of it: T(op) is the op whose body is T(body)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import cast
+
+import torch
+
+from hopkit._torch import trees
+from hopkit._torch.fakes import autograd_on
+from hopkit.errors import SignatureError
+from hopkit.layout import Layout, Slots, Variant, fill
+from hopkit.spec import Kind, OpSpec
+
+Flat = Callable[[Sequence[object]], tuple[object, ...]]
+"""A function of a node's inputs that gives the node's outputs."""
+
+Rule = Callable[..., object]
+
+
+class Replayed:
+    """A recorded subgraph: calls the graph that was recorded for what it is called with."""
+
+    def __init__(
+        self,
+        op: str,
+        name: str,
+        variants: Sequence[Variant],
+        graphs: Sequence[Callable[..., object]],
+        inputs: Sequence[object],
+        symbols: Mapping[str, int],
+    ) -> None:
+        self._op, self._name, self._variants = op, name, variants
+        self._graphs, self._inputs, self._symbols = graphs, inputs, symbols
+
+    @property
+    def captures(self) -> tuple[object, ...]:
+        """The values that the subgraph closes over, each once."""
+        return tuple(self._inputs[i] for i in dict.fromkeys(i for v in self._variants for i in v.captures))
+
+    def __call__(self, *args: object, **kwargs: object) -> object:
+        leaves, tree = trees.flatten((args, kwargs))
+        for variant in self._variants:
+            slots = variant.match(leaves, tree, self._symbols)
+            if slots is not None:
+                captures = [self._inputs[i] for i in variant.captures]
+                outputs = cast("Sequence[object]", self._graphs[variant.graph](*slots, *captures))
+                return fill(variant.gives, outputs)
+        recorded = "; ".join(variant.describe() for variant in self._variants) or "nothing, it was never called"
+        found = Slots(unique=False)
+        found.split((args, kwargs))
+        raise SignatureError(
+            f"subgraph '{self._name}' of op '{self._op}'",
+            f"was recorded for {recorded}, and is called with {Variant.of(found.inputs).describe()}",
+            why="a graph is right only for what it was recorded with",
+            todo="Record again with these arguments, or with dynamic sizes; name untaken branches with `inputs=`",
+        )
+
+
+def arguments(
+    spec: OpSpec,
+    layout: Layout,
+    graphs: Sequence[Callable[..., object]],
+    inputs: Sequence[object],
+    options: Mapping[str, object],
+) -> tuple[list[object], dict[str, object]]:
+    """The author's ``(args, kwargs)`` that a node in flat form stands for."""
+    symbols = layout.symbols(inputs)
+    values: dict[str, object] = {name: fill(value, inputs) for name, value in layout.values.items()} | dict(options)
+    for p in spec.of_kind(Kind.SUBGRAPH, Kind.SUBGRAPHS):
+        many = layout.subgraphs[p.name]
+        names = [f"{p.name}[{i}]" for i in range(len(many))] if p.kind is Kind.SUBGRAPHS else [p.name]
+        replayed = tuple(
+            Replayed(spec.name, name, variants, graphs, inputs, symbols) for name, variants in zip(names, many, strict=True)
+        )
+        values[p.name] = replayed if p.kind is Kind.SUBGRAPHS else replayed[0]
+    return spec.arguments(values)
+
+
+def flat(
+    spec: OpSpec,
+    layout: Layout,
+    graphs: Sequence[Callable[..., object]],
+    options: Mapping[str, object],
+    body: Rule | None = None,
+) -> Flat:
+    """The node's meaning: its body (or ``body``), under the transforms that the layout names."""
+
+    def run(inputs: Sequence[object]) -> tuple[object, ...]:
+        args, kwargs = arguments(spec, layout, graphs, inputs, options)
+        leaves = trees.leaves((body or spec.body)(*args, **kwargs))
+        return tuple(leaves[i] for i in layout.outputs)
+
+    result: Flat = run
+    for name, *rest in layout.transforms:
+        result = TRANSFORMS[cast("str", name)](result, *rest)
+    return result
+
+
+def vjp(run: Flat, wrt: Sequence[int], given: Sequence[int]) -> Flat:
+    """The vector-Jacobian product of ``run``.
+
+    Takes the inputs of ``run`` and then the gradients of its outputs ``given``; gives the gradients of its inputs
+    ``wrt``, zeros where an output does not depend on them.
+    """
+
+    def transformed(inputs: Sequence[object]) -> tuple[object, ...]:
+        primals, gradients = list(inputs[: len(inputs) - len(given)]), inputs[len(inputs) - len(given) :]
+        again = torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs)
+        with torch.inference_mode(False), autograd_on(), torch.enable_grad():
+            for i in wrt:
+                primals[i] = _leaf(cast("torch.Tensor", primals[i]))
+            outputs = run(primals)
+            pairs = [
+                (output, cast("torch.Tensor", gradient))
+                for output, gradient in zip((outputs[i] for i in given), gradients, strict=True)
+                if isinstance(output, torch.Tensor) and output.requires_grad
+            ]
+            sources = [cast("torch.Tensor", primals[i]) for i in wrt]
+            if not pairs:
+                return tuple(map(torch.zeros_like, sources))
+            results = torch.autograd.grad(
+                [output for output, _ in pairs],
+                sources,
+                [gradient for _, gradient in pairs],
+                create_graph=again,
+                allow_unused=True,
+                materialize_grads=True,
+            )
+        return results if again else tuple(result.detach() for result in results)
+
+    return transformed
+
+
+def _leaf(tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor`` as something to differentiate by, on its own: other inputs may have been computed from it."""
+    if torch.is_grad_enabled() and tensor.requires_grad:
+        return tensor.view_as(tensor)
+    # An inference tensor cannot be saved for backward; its clone can.
+    return (tensor.clone() if tensor.is_inference() else tensor.detach()).requires_grad_()
+
+
+TRANSFORMS: dict[str, Callable[..., Flat]] = {"vjp": vjp}

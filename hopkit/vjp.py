@@ -1,0 +1,77 @@
+"""A derivative written by hand, on the autograd tape."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+
+from hopkit._torch import trees
+from hopkit._torch.autograd import apply, below_autograd, needs_gradient
+from hopkit._torch.state import forward_mode
+from hopkit.call import Call
+from hopkit.errors import CaptureError, RuleError
+from hopkit.layout import Slots, fill
+
+
+def hand_written(rule: Any, call: Call) -> object:
+    """``call``, with the forward and backward that ``rule`` gives. The rule sees the author's own arguments."""
+    if forward_mode():
+        return call.run()
+    if not needs_gradient(call.inputs):
+        with below_autograd():
+            return call()
+    return apply(_HandWritten(rule, call), call.inputs)
+
+
+class _HandWritten:
+    def __init__(self, rule: Any, call: Call) -> None:
+        self._rule, self._call = rule, call
+        self._saved: object = None
+        self._tensors: list[int] = []
+
+    def forward(self, inputs: tuple[object, ...]) -> tuple[tuple[object, ...], tuple[object, ...]]:
+        saved = Slots()
+
+        def body(*args: object, **kwargs: object) -> object:
+            result = self._rule.forward(*args, **kwargs)
+            if not (isinstance(result, tuple) and len(result) == 2):
+                raise self._wrong("forward", f"gave a {type(result).__qualname__}", "return `(out, saved)`")
+            self._saved = saved.split(result[1])
+            self._tensors = [i for i, v in enumerate(trees.leaves(result[0])) if isinstance(v, torch.Tensor)]
+            return result[0]
+
+        outputs = cast("tuple[object, ...]", self._call.replace(inputs=inputs).run(body))
+        return outputs, tuple(saved.inputs)
+
+    def backward(
+        self, saved: tuple[object, ...], gradients: tuple[torch.Tensor | None, ...]
+    ) -> Sequence[torch.Tensor | None]:
+        # The rule expects one gradient per tensor of its result; an operand among them is no output of the node.
+        assert self._call.layout is not None
+        known = dict(zip(self._call.layout.outputs, gradients, strict=True))
+        found = list(self._rule.backward(fill(self._saved, saved), *map(known.get, self._tensors)))
+        inputs, operands = self._call.inputs, self._call.operands
+        if len(found) == operands < len(inputs):
+            captured = [i for i in range(operands, len(inputs)) if needs_gradient([inputs[i]])]
+            if captured:
+                raise CaptureError(
+                    f"op '{self._call.op.name}'",
+                    f"has a backward that gives no gradient for {self._call.name_of(captured[0])}",
+                    why="the gradient would be lost without a word",
+                    todo="Give one gradient per operand and then one per captured tensor (`subgraph.captures`), "
+                    "or pass the tensor as an operand",
+                )
+            found += [None] * (len(inputs) - operands)
+        if len(found) != len(inputs):
+            raise self._wrong("backward", f"gave {len(found)} gradients", f"return {operands}: one per operand tensor")
+        return found
+
+    def _wrong(self, function: str, found: str, todo: str) -> RuleError:
+        return RuleError(
+            f"the autograd rule of op '{self._call.op.name}'",
+            f"{function} {found}",
+            why="autograd needs one gradient per input",
+            todo=f"Let it {todo}",
+        )
