@@ -36,7 +36,7 @@ def bind(spec: OpSpec, args: Sequence[object], kwargs: Mapping[str, object]) -> 
         ) from None
     for p in spec.parameters:
         if bad := misfit(p, values[p.name]):
-            raise CallError(f"{spec.name}()", f"argument '{p.name}': {bad.found}", why=bad.why, todo=bad.todo)
+            raise CallError(f"{spec.name}() argument '{p.name}'", bad.found, why=bad.why, todo=bad.todo)
         if p.kind is Kind.SUBGRAPHS:
             values[p.name] = tuple(cast("Sequence[object]", values[p.name]))
     return values

@@ -13,7 +13,8 @@ class HopkitError(Exception):
 
     def __init__(self, who: str, found: str, *, why: str, todo: str) -> None:
         self.who, self.found, self.why, self.todo = who, found, why, todo
-        super().__init__(f"{who}: {found}. {why}. {todo}. See docs/reference/errors.md#{self.anchor()}.")
+        why, todo = why[:1].upper() + why[1:], todo[:1].upper() + todo[1:]
+        super().__init__(f"{who} {found}. {why}. {todo}. See docs/reference/errors.md#{self.anchor()}.")
 
     @classmethod
     def anchor(cls) -> str:

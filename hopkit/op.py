@@ -192,6 +192,8 @@ class Op(Generic[P, R]):
     def _enter_flat(self, *args: object, **kwargs: object) -> object:
         if self._load is not None:
             self._load()
+        if state.symbolic(args[-1]):
+            return self.operator.redispatch(*args, **kwargs)
         call = self._decode(*args, **kwargs)
         if not (self._transparent and state.quiet()) and self._asked(call.inputs):
             return self.operator.redispatch(*args, **kwargs)

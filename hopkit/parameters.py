@@ -134,7 +134,7 @@ class _Reader:
 
     Args:
         who: The body, for messages.
-        name: The parameter.
+        name: The parameter, without its stars.
         scope: What the names in string annotations stand for.
         is_pytree: Whether torch knows a class as a node of a pytree.
     """
@@ -148,14 +148,14 @@ class _Reader:
         """The parameter as it is written, with its kind."""
         if p.kind is p.VAR_KEYWORD:
             raise self._error(
-                f"parameter '**{p.name}' takes any keyword",
+                "takes any keyword",
                 "a graph's node needs to know what each argument is",
                 f"Name them, `*, scale: float = 1.0`, or take one operand: `{p.name}: dict[str, torch.Tensor]`",
             )
         star = "*" if p.kind is p.VAR_POSITIONAL else ""
         if p.annotation is p.empty:
             raise self._error(
-                f"parameter '{star}{p.name}' has no annotation",
+                "has no annotation",
                 "the annotation says whether it is a subgraph, an operand or an option",
                 f"Write `{star}{p.name}: torch.Tensor`, `{star}{p.name}: hopkit.Subgraph` or, for a constant, "
                 f"`{star}{p.name}: float`",
@@ -163,12 +163,10 @@ class _Reader:
         text = shorten(p.annotation)
         verdict = self._variadic(p.annotation) if star else self._verdict(p.annotation)
         if isinstance(verdict, _Refusal):
-            raise self._error(
-                f"parameter '{star}{p.name}: {text}' is neither a subgraph, an operand nor an option", *verdict
-            )
+            raise self._error(f"is annotated '{text}', which is no subgraph, no operand and no option", *verdict)
         parameter = Parameter(p.name, verdict.kind, text, p.kind, p.default, verdict.graph_only)
         if p.default is not p.empty and (bad := misfit(parameter, p.default)):
-            raise self._error(f"the default of parameter '{p.name}': {bad.found}", bad.why, bad.todo)
+            raise self._error(f"has a default that does not fit: {bad.found}", bad.why, bad.todo)
         return parameter
 
     def _variadic(self, annotation: object) -> _Verdict:
@@ -274,7 +272,7 @@ class _Reader:
 
     def _mixture(self) -> SpecError:
         return self._error(
-            f"parameter '{self.name}' is, or holds, a subgraph and something else",
+            "is, or holds, a subgraph and something else",
             "a subgraph is called, and nothing else can stand in its place or travel with it",
             f"Write `{self.name}: hopkit.Subgraph`, or `{self.name}: tuple[hopkit.Subgraph, ...]` for any number of "
             "them, none included, and give what is no subgraph a parameter of its own",
@@ -312,13 +310,13 @@ class _Reader:
         else:
             todo = f"Write an annotation that Python can evaluate, such as `{self.name}: torch.Tensor`"
         return self._error(
-            f"the annotation '{text}' of parameter '{self.name}' does not resolve ({error})",
+            f"is annotated '{text}', which does not resolve ({error})",
             "annotations are read when the op is defined",
             todo,
         )
 
     def _error(self, found: str, why: str, todo: str) -> SpecError:
-        return SpecError(self.who, found, why=why, todo=todo)
+        return SpecError(f"parameter '{self.name}' of {self.who}", found, why=why, todo=todo)
 
 
 def _is_anything(annotation: object) -> bool:

@@ -40,9 +40,9 @@ class Operator(HigherOrderOperator):
 
     def dispatch(self, key: DispatchKey, /, *args: object, **kwargs: object) -> object:
         """As torch's, but open: a mode, subclass or transform without a kernel sees the inside of the op."""
-        if key is DispatchKey.FuncTorchDynamicLayerFrontMode and not self._has_transform():
+        if key == DispatchKey.FuncTorchDynamicLayerFrontMode and not self._has_transform():
             return self._run(*args, **kwargs)
-        if key is DispatchKey.Python and not self._has_python(args):
+        if key == DispatchKey.Python and not self._has_python(args):
             return self._run(*args, **kwargs)
         return super().dispatch(key, *args, **kwargs)
 

@@ -22,15 +22,16 @@ _stack_len = torch._C._len_torch_dispatch_stack
 _included = torch._C._dispatch_tls_is_dispatch_key_included
 _PRE_DISPATCH = DispatchKey.PreDispatch
 _profiler = torch.autograd.profiler
+_dynamo = torch.compiler.is_dynamo_compiling
 
 
 def quiet() -> bool:
     """Whether no dispatch mode, tracer or profiler is active. The fast path asks this and nothing else of torch.
 
     Transforms, forward AD, autocast, inference mode and torch-function modes see what the body does, as they would see
-    any code; they need no word from the op.
+    any code; they need no word from the op. Dynamo, which reads this code, goes on to the body.
     """
-    return not (_stack_len() or _profiler._is_profiler_enabled or _included(_PRE_DISPATCH))
+    return _dynamo() or not (_stack_len() or _profiler._is_profiler_enabled or _included(_PRE_DISPATCH))
 
 
 def profiling() -> bool:
@@ -44,7 +45,7 @@ def recording() -> bool:
     Under vmap, jvp and grad the body runs in place, and what records sees its inside.
     """
     return get_proxy_mode() is not None and all(
-        interpreter.key() is TransformType.Functionalize for interpreter in retrieve_all_functorch_interpreters()
+        interpreter.key() == TransformType.Functionalize for interpreter in retrieve_all_functorch_interpreters()
     )
 
 
@@ -61,7 +62,7 @@ def forward_mode() -> bool:
 def transforming() -> bool:
     """Whether a transform of torch.func is active, other than functionalize."""
     return any(
-        interpreter.key() is not TransformType.Functionalize for interpreter in retrieve_all_functorch_interpreters()
+        interpreter.key() != TransformType.Functionalize for interpreter in retrieve_all_functorch_interpreters()
     )
 
 
@@ -71,3 +72,8 @@ def foreign(value: object) -> bool:
 
 
 _KNOWN = (torch.Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor)
+
+
+def symbolic(inputs: object) -> bool:
+    """Whether torch.fx traces symbolically, as it does to unpickle a graph: it takes an operator as it stands."""
+    return isinstance(inputs, (tuple, list)) and any(isinstance(value, torch.fx.Proxy) for value in inputs)
