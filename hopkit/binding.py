@@ -15,6 +15,8 @@ TENSOR = "torch.Tensor"
 GRAPH_MODULE = "torch.fx.graph_module.GraphModule"
 SYMBOLS = frozenset({"torch.SymInt", "torch.SymFloat", "torch.SymBool"})
 
+_WITHOUT_VALUE = SYMBOLS | {TENSOR}
+
 PLAIN: frozenset[type] = frozenset({int, float, bool, str, complex, bytes, type(None)})
 """The types whose every value is a constant."""
 
@@ -32,7 +34,7 @@ def bind(spec: OpSpec, args: Sequence[object], kwargs: Mapping[str, object]) -> 
             f"{spec.name}()",
             str(error).removeprefix("op() "),
             why="arguments bind to an op as to its body",
-            todo=f"Call it as `{spec.name}{_signature(spec.parameters)}`",
+            todo=f"Call it as `{spec.name}{spec.shown()}`",
         ) from None
     for p in spec.parameters:
         if bad := misfit(p, values[p.name]):
@@ -68,7 +70,7 @@ def checks(spec: OpSpec) -> tuple[Check, ...]:
         if p.kind is Kind.OPTION:
             found.append(Check(position, p.name, p.variadic, PLAIN, is_constant))
         elif p.graph_only:
-            found.append(Check(position, p.name, p.variadic, frozenset(), functools.partial(_fits, p)))
+            found.append(Check(position, p.name, p.variadic, frozenset(), _is_graph_module))
     return tuple(found)
 
 
@@ -119,9 +121,13 @@ def is_constant(value: object) -> bool:
     if isinstance(value, tuple):
         return all(map(is_constant, value))
     names = qualified_names(type(value))
-    if not SYMBOLS.isdisjoint(names):
-        return True  # has no hash, and needs none: whoever records the call specialises it
-    return TENSOR not in names and _has_hash(value)
+    if not _WITHOUT_VALUE.isdisjoint(names):
+        return TENSOR not in names  # a symbol has no hash, and needs none: whoever records the call specialises it
+    try:
+        hash(value)
+    except TypeError:
+        return False
+    return True
 
 
 def _qualified_names(cls: type) -> frozenset[str]:
@@ -132,16 +138,8 @@ qualified_names: Callable[[type], frozenset[str]] = functools.lru_cache(maxsize=
 """The names of a class and its bases, with their modules."""
 
 
-def _fits(parameter: Parameter, value: object) -> bool:
-    return misfit(parameter, value) is None
-
-
-def _has_hash(value: object) -> bool:
-    try:
-        hash(value)
-    except TypeError:
-        return False
-    return True
+def _is_graph_module(value: object) -> bool:
+    return GRAPH_MODULE in qualified_names(type(value))
 
 
 def _type(value: object) -> str:
@@ -149,7 +147,7 @@ def _type(value: object) -> str:
 
 
 def _no_subgraph(parameter: Parameter, value: object) -> Misfit | None:
-    if parameter.graph_only and GRAPH_MODULE not in qualified_names(type(value)):
+    if parameter.graph_only and not _is_graph_module(value):
         return Misfit(
             f"expected a torch.fx.GraphModule, got {_type(value)}",
             "the op reads the graph itself, and another callable has none to show",
@@ -192,25 +190,19 @@ def _binder(spec: OpSpec) -> Callable[..., dict[str, object]]:
 
 def _compile(parameters: Sequence[Parameter]) -> Callable[..., dict[str, object]]:
     """A function of these parameters that returns them: it binds, and complains, just as Python does."""
-    signature = _signature(parameters, lambda p: f"defaults[{p.name!r}]")
+    empty = inspect.Parameter.empty
+    written = [
+        inspect.Parameter(p.name, p.passing, default=empty if p.default is empty else _Code(f"defaults[{p.name!r}]"))
+        for p in parameters
+    ]
     values = ", ".join(f"{p.name!r}: {p.name}" for p in parameters)
     scope: dict[str, object] = {"defaults": {p.name: p.default for p in parameters}}
-    exec(f"def op{signature}: return {{{values}}}", scope)
+    exec(f"def op{inspect.Signature(written)}: return {{{values}}}", scope)
     return cast("Callable[..., dict[str, object]]", scope["op"])
 
 
 class _Code(str):
-    """Text whose repr is itself: ``inspect.Signature`` shows defaults by their repr."""
+    """Text whose repr is itself: a signature writes defaults by their repr."""
 
     __slots__ = ()
     __repr__ = str.__str__
-
-
-def _signature(parameters: Sequence[Parameter], default: Callable[[Parameter], str] = lambda p: repr(p.default)) -> str:
-    """``(body, x, *, scale=1.0)``."""
-    empty = inspect.Parameter.empty
-    bare = [
-        inspect.Parameter(p.name, p.passing, default=empty if p.default is empty else _Code(default(p)))
-        for p in parameters
-    ]
-    return str(inspect.Signature(bare))

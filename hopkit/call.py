@@ -14,6 +14,7 @@ from hopkit import transform
 from hopkit._torch import trees
 from hopkit._torch.fakes import Stage
 from hopkit._torch.watch import Substitute, Watch, custom_backward
+from hopkit.codec import Slot
 from hopkit.layout import Layout
 from hopkit.record import Graph, Same, run_or_examples, variable_name
 from hopkit.spec import Kind, OpSpec
@@ -140,14 +141,14 @@ class Call:
         """How many of the inputs are operands; captures follow."""
         if self.layout is None:
             return len(self.inputs)
-        return len({leaf.index for leaf in trees.leaves(dict(self.layout.values)) if isinstance(leaf, layouts.Slot)})
+        return len({leaf.index for leaf in trees.leaves(dict(self.layout.values)) if isinstance(leaf, Slot)})
 
     def parameter(self, index: int) -> str:
         """The operand parameter that input number ``index`` belongs to, or "" for a capture."""
         if self.layout is None:
             return self.op.of_kind(Kind.OPERAND)[0].name
         for name, value in self.layout.values.items():
-            if any(isinstance(leaf, layouts.Slot) and leaf.index == index for leaf in trees.leaves(value)):
+            if any(isinstance(leaf, Slot) and leaf.index == index for leaf in trees.leaves(value)):
                 return name
         return ""
 
@@ -205,7 +206,9 @@ class Call:
             opaque = custom_backward(trees.leaves(outputs))
             for index in set(range(len(self.graphs))) - set(examples):
                 examples[index] = self._from_layout(index, fakes)
-        return Rehearsal(tuple(examples[i] for i in range(len(self.graphs))), watch.random, opaque or watch.opaque, outputs)
+        return Rehearsal(
+            tuple(examples[i] for i in range(len(self.graphs))), watch.random, opaque or watch.opaque, outputs
+        )
 
     def _from_layout(self, index: int, inputs: Sequence[object]) -> tuple[object, ...]:
         """Example inputs for a graph that this call does not reach: as it was recorded."""
@@ -220,5 +223,9 @@ class Call:
             return self.run()
         base = self if self.layout is None else self.replace(layout=dataclasses.replace(self.layout, transforms=()))
         args, kwargs = base.arguments()
-        probes = [a for p, a in zip(self.op.parameters, args, strict=False) if p.kind in (Kind.SUBGRAPH, Kind.SUBGRAPHS)]
-        return run_or_examples(self.op, args, kwargs, [f for p in probes for f in (p if isinstance(p, tuple) else (p,))])
+        probes = [
+            a for p, a in zip(self.op.parameters, args, strict=False) if p.kind in (Kind.SUBGRAPH, Kind.SUBGRAPHS)
+        ]
+        return run_or_examples(
+            self.op, args, kwargs, [f for p in probes for f in (p if isinstance(p, tuple) else (p,))]
+        )

@@ -76,3 +76,13 @@ class RuleConflictError(PluginError):
 
 class HopkitWarning(UserWarning):
     """Something that hopkit got right at a cost that the author can avoid."""
+
+
+def no_gradient(op: str) -> AutogradError:
+    """For an op that was declared with ``autograd="error"``."""
+    return AutogradError(
+        f"op '{op}'",
+        "was called with inputs that require gradients",
+        why='its author declared `autograd="error"`',
+        todo="Call it under torch.no_grad(), or on detached tensors",
+    )

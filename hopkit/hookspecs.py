@@ -28,7 +28,9 @@ _hookimpl = pluggy.HookimplMarker(PROJECT)
 def hookimpl(function: F, /) -> F: ...
 @overload
 def hookimpl(*, op: str | None = None, overrides: str | None = None) -> Callable[[F], F]: ...
-def hookimpl(function: F | None = None, /, *, op: str | None = None, overrides: str | None = None) -> F | Callable[[F], F]:
+def hookimpl(
+    function: F | None = None, /, *, op: str | None = None, overrides: str | None = None
+) -> F | Callable[[F], F]:
     """Mark a function as the answer to the hook of its name.
 
     Args:

@@ -10,8 +10,8 @@ from hopkit._torch.fakes import FakeMode, in_mode
 from hopkit._torch.operator import Kernel, Key
 from hopkit._torch.tracing import Tracer
 from hopkit.call import Call
+from hopkit.handwritten import hand_written
 from hopkit.rule import Answer, Decline, Table, ask
-from hopkit.vjp import hand_written
 
 if TYPE_CHECKING:
     from hopkit.modes import Mode
@@ -84,9 +84,7 @@ def _on_calls(rule: object) -> Function:
 
 def _functionalize(op: str, mode: Mode, answers: Sequence[Answer], decode: Decode) -> dict[Key, Kernel]:
     rules = _rules(answers)
-    return functional.kernels(
-        lambda layer, *args, **kwargs: ask(op, mode.name, rules, layer, decode(*args, **kwargs))
-    )
+    return functional.kernels(lambda layer, *args, **kwargs: ask(op, mode.name, rules, layer, decode(*args, **kwargs)))
 
 
 def _proxy(op: str, mode: Mode, answers: Sequence[Answer], decode: Decode) -> dict[Key, Kernel]:

@@ -20,7 +20,7 @@ from hopkit.codec import Dim, Slot
 from hopkit.errors import LayoutError
 
 if TYPE_CHECKING:
-    from hopkit.spec import OpSpec
+    pass
 
 VERSION = 1
 KEYWORD = "hopkit"

@@ -212,7 +212,7 @@ class Plugins:
         for attribute in dir(plugin):
             function = inspect.getattr_static(plugin, attribute)
             marked = hasattr(getattr(function, "__func__", function), "hopkit_impl")
-            if not (marked or attribute.startswith("hopkit_")) or attribute in specified and marked:
+            if not (marked or attribute.startswith("hopkit_")) or (attribute in specified and marked):
                 continue
             if not marked and attribute not in specified and not callable(function):
                 continue

@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Generic, TypeAlias, cast
+from typing import TYPE_CHECKING, Generic, Literal, TypeAlias, cast, overload
 
 import torch
 from typing_extensions import ParamSpec, TypeVar
@@ -15,14 +14,18 @@ from typing_extensions import ParamSpec, TypeVar
 from hopkit import binding, install, layout
 from hopkit._torch import keys, schema, state, trees
 from hopkit._torch.autograd import needs_gradient, raise_in_backward
-from hopkit._torch.operator import Operator, Place as TorchPlace
+from hopkit._torch.operator import Operator
+from hopkit._torch.operator import Place as TorchPlace
 from hopkit.call import Call
-from hopkit.errors import AutogradError, LayoutError
+from hopkit.errors import no_gradient
 from hopkit.record import Recorder, Unrecordable, plain_form
-from hopkit.rule import Answer, Place, Table, ask
+from hopkit.rule import Answer, Place, Table
 from hopkit.spec import Kind, OpSpec
 
 if TYPE_CHECKING:
+    from hopkit.extend.autograd import AutogradRule, Vjp
+    from hopkit.extend.functionalize import FunctionalizeRule
+    from hopkit.extend.proxy import ProxyRule
     from hopkit.modes import Mode
 
 P = ParamSpec("P")
@@ -65,7 +68,8 @@ class Op(Generic[P, R]):
         self._body = cast("Callable[..., R]", spec.body)
         self._checks = binding.checks(spec)
         self._load, self._attach = load, attach
-        self._transparent = False
+        self._transparent = self._shortest = False
+        self._derives = spec.autograd == "derive"
         self._asking: frozenset[type] = frozenset()
         self._eager = False
         functools.update_wrapper(self, spec.body)
@@ -73,17 +77,18 @@ class Op(Generic[P, R]):
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         if self._transparent and state.quiet() and binding.passes(self._checks, args, kwargs):
             try:
-                return self._body(*args, **kwargs)
+                result = self._body(*args, **kwargs)
             except TypeError:
                 binding.bind(self.spec, args, kwargs)  # a call that does not fit gets the better message
                 raise
+            return result if self._derives else cast("R", self._defer(result))
         return cast("R", self._enter(args, kwargs))
 
     def __repr__(self) -> str:
         return f"<op {self.spec.name}{self.spec.shown()}>"
 
     def __reduce__(self) -> str:
-        return self.__qualname__
+        return self.spec.body.__qualname__
 
     # -- rules -------------------------------------------------------------------------------------------------------
 
@@ -95,11 +100,23 @@ class Op(Generic[P, R]):
         self._load = None
         self._transparent = self._shortest
 
-    def rule(self, mode: str, *, device: str = "") -> Callable[[F], F]:
+    @overload
+    def rule(self, mode: Literal["device"], *, device: str = "") -> Callable[[Callable[P, R]], Callable[P, R]]: ...
+    @overload
+    def rule(self, mode: Literal["fake"]) -> Callable[[Callable[P, R]], Callable[P, R]]: ...
+    @overload
+    def rule(self, mode: Literal["autograd"]) -> Callable[[Vjp[P, R] | AutogradRule], Vjp[P, R] | AutogradRule]: ...
+    @overload
+    def rule(self, mode: Literal["functionalize"]) -> Callable[[FunctionalizeRule], FunctionalizeRule]: ...
+    @overload
+    def rule(self, mode: Literal["proxy"]) -> Callable[[ProxyRule], ProxyRule]: ...
+    @overload
+    def rule(self, mode: str) -> Callable[..., object]: ...
+    def rule(self, mode: str, *, device: str = "") -> object:
         """Attach a rule of the author's: ``@op.rule("fake")``.
 
         Args:
-            mode: The mode it answers in.
+            mode: The mode it answers in. The signature that a rule must have is the mode's; see `hopkit.extend`.
             device: For mode "device", the device type it is limited to, such as "cuda".
 
         Raises:
@@ -118,13 +135,13 @@ class Op(Generic[P, R]):
         self.operator.install(install.kernels(self.spec.name, table, modes, self._decode))
         written = {mode for mode, answers in table.items() if answers and answers[0].place is not Place.BUILTIN}
         self._eager = bool(written & {"device", "autograd"})
-        added = {cast("type", mode.entry) for mode in modes if mode.name in written and isinstance(mode.entry, type)}
+        added = {mode.entry for mode in modes if mode.name in written and isinstance(mode.entry, type)}
         named = {"fake": keys.FAKE, "proxy": keys.PROXY, "functionalize": keys.FUNCTIONALIZE}
         self._asking = frozenset(added | {key for mode, key in named.items() if mode in written})
         self._subclasses = tuple(kind for kind in added if issubclass(kind, torch.Tensor))
         self._backends = any(not isinstance(mode.entry, (type, str)) for mode in modes if mode.name in written)
         asks = self._eager or self._subclasses or self._backends
-        self._shortest = not asks and self.spec.autograd == "derive"
+        self._shortest = not asks and self.spec.autograd != "error"
         self._transparent = self._shortest and self._load is None
 
     # -- the way in, with the author's arguments ---------------------------------------------------------------------
@@ -140,7 +157,7 @@ class Op(Generic[P, R]):
                 return self._dispatch(values)
             except Unrecordable as reason:
                 reason.report(self.spec)
-        return self._in_place(lambda: self._body(*args, **kwargs), [*args, *kwargs.values()])
+        return self._in_place(lambda: self._body(*args, **kwargs), (args, kwargs))
 
     def _asked(self, operands: Sequence[object]) -> bool:
         """Whether something active asks for the op whole; otherwise its body runs in place."""
@@ -166,26 +183,20 @@ class Op(Generic[P, R]):
         outputs = self.operator.redispatch(*recording.graphs, recording.inputs, **recording.options, **keywords)
         return recording.restore(cast("Sequence[object]", outputs))
 
-    def _in_place(self, run: Callable[[], object], inputs: Sequence[object]) -> object:
+    def _in_place(self, run: Callable[[], object], inputs: object) -> object:
+        if self.spec.autograd == "error" and needs_gradient(trees.leaves(inputs)):
+            raise no_gradient(self.spec.name)
         with torch.profiler.record_function(self.spec.name) if state.profiling() else contextlib.nullcontext():
-            if self.spec.autograd == "derive" or not torch.is_grad_enabled() or state.transforming():
-                return run()
-            return self._by_policy(run, inputs)
+            result = run()
+        return result if self._derives else self._defer(result)
 
-    def _by_policy(self, run: Callable[[], object], inputs: Sequence[object]) -> object:
-        asked = needs_gradient(trees.quick_leaves(inputs))
-        if asked and self.spec.autograd == "error":
-            raise AutogradError(
-                f"op '{self.spec.name}'",
-                "was called with inputs that require gradients",
-                why='its author declared `autograd="error"`',
-                todo="Call it under torch.no_grad(), or on detached tensors",
-            )
-        with torch.no_grad() if asked else contextlib.nullcontext():
-            outputs = run()
-        if asked or needs_gradient(trees.quick_leaves([outputs])):
-            return raise_in_backward(f"Autograd not implemented for {self.spec.name}", outputs)
-        return outputs
+    def _defer(self, result: object) -> object:
+        """For "deferred_error": what would have a gradient gets one that raises."""
+        if not torch.is_grad_enabled() or not needs_gradient(trees.quick_leaves(result)):
+            return result
+        if state.transforming() or state.forward_mode():
+            return result
+        return raise_in_backward(f"Autograd not implemented for {self.spec.name}", result)
 
     # -- the way in, as a node of a graph ----------------------------------------------------------------------------
 

@@ -81,7 +81,7 @@ def shorten(annotation: object) -> str:
     """An annotation as its author would write it: ``tuple[Tensor, ...]``."""
     if get_origin(annotation) is Annotated:
         annotation = get_args(annotation)[0]
-    written = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
+    written = annotation.strip("'\"") if isinstance(annotation, str) else inspect.formatannotation(annotation)
     return _NOISE.sub(lambda match: match["literal"] or match["forward"] or "", written)
 
 

@@ -121,7 +121,8 @@ class Probe:
 
     def close(self, first: int) -> tuple[list[Graph], tuple[Variant, ...]]:
         """The graphs of this subgraph, numbered from ``first``, and what the layout says of them."""
-        graphs, variants = [], []
+        graphs: list[Graph] = []
+        variants: list[Variant] = []
         for call in self._merged(self.calls):
             captured = tuple(self._recorder.inputs[i] for i in call.used)
             key = (Same(self.function), repr(call.takes), len(call.used), tuple(call.steps))
@@ -145,7 +146,19 @@ class _Seen:
         return tuple(map(Meta.of, self.inputs))
 
 
-_CARRIED = (torch.Tensor, torch.SymInt, torch.SymFloat, torch.SymBool, int, float, bool, complex, str, torch.dtype, torch.device)
+_CARRIED = (
+    torch.Tensor,
+    torch.SymInt,
+    torch.SymFloat,
+    torch.SymBool,
+    int,
+    float,
+    bool,
+    complex,
+    str,
+    torch.dtype,
+    torch.device,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -328,7 +341,9 @@ def plain_number(option: object) -> object:
     return int(option) if isinstance(option, torch.SymInt) else option
 
 
-def plain_form(spec: OpSpec, values: Mapping[str, object]) -> tuple[object, tuple[object, ...], dict[str, object]] | None:
+def plain_form(
+    spec: OpSpec, values: Mapping[str, object]
+) -> tuple[object, tuple[object, ...], dict[str, object]] | None:
     """``(graph, inputs, options)`` where the call needs no layout, or None.
 
     That is an op of one ``GraphModule`` and one flat tuple, without a derivative to record: the graph is carried as it

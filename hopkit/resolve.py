@@ -83,7 +83,7 @@ def check_rule(who: str, spec: OpSpec, mode: Mode, rule: object, device: str = "
     wanted = expected(spec, mode)
     if mode.name == "autograd" and hasattr(rule, "backward"):
         if callable(rule.backward) and callable(getattr(rule, "forward", None)):
-            _check_signature(who, f"{spec.signature()}", getattr(rule, "forward"), lambda s: _takes_body(spec, s))
+            _check_signature(who, f"{spec.signature()}", rule.forward, lambda s: _takes_body(spec, s))
             return
         raise _wrong(who, "an object without both `forward` and `backward`", wanted)
     if not callable(rule):
@@ -97,7 +97,9 @@ def check_rule(who: str, spec: OpSpec, mode: Mode, rule: object, device: str = "
         try:
             keys.of_device(device)
         except RuntimeError as error:
-            raise _wrong(who, f"a rule for device {device!r}, which torch does not know", '"cpu", "cuda" ...') from error
+            raise _wrong(
+                who, f"a rule for device {device!r}, which torch does not know", '"cpu", "cuda" ...'
+            ) from error
 
 
 def expected(spec: OpSpec, mode: Mode) -> str:
@@ -145,9 +147,7 @@ def _ordered(spec: OpSpec, mode: Mode, found: Sequence[Answer], plugins: Plugins
     return tuple(sorted(ordered, key=lambda answer: (answer.place, not answer.device)))
 
 
-def _settled(
-    spec: OpSpec, mode: Mode, claims: list[Answer], overrides: Mapping[str, str | None]
-) -> Sequence[Answer]:
+def _settled(spec: OpSpec, mode: Mode, claims: list[Answer], overrides: Mapping[str, str | None]) -> Sequence[Answer]:
     if len(claims) < 2 or claims[0].place in (Place.AUTHOR, Place.BUILTIN):
         return claims[::-1] if claims and claims[0].place is Place.AUTHOR else claims
     for first in claims:

@@ -128,7 +128,7 @@ class OpSpec:
         """The parameters as their author wrote them."""
         text = str(self.signature())
         for p in self.parameters:
-            text = text.replace(f"'{p.annotation}'", p.annotation)
+            text = text.replace(repr(p.annotation), p.annotation)
         return text
 
     def arguments(self, values: Mapping[str, object]) -> tuple[list[object], dict[str, object]]:

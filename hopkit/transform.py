@@ -72,7 +72,8 @@ def arguments(
         many = layout.subgraphs[p.name]
         names = [f"{p.name}[{i}]" for i in range(len(many))] if p.kind is Kind.SUBGRAPHS else [p.name]
         replayed = tuple(
-            Replayed(spec.name, name, variants, graphs, inputs, symbols) for name, variants in zip(names, many, strict=True)
+            Replayed(spec.name, name, variants, graphs, inputs, symbols)
+            for name, variants in zip(names, many, strict=True)
         )
         values[p.name] = replayed if p.kind is Kind.SUBGRAPHS else replayed[0]
     return spec.arguments(values)

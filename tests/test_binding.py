@@ -107,7 +107,7 @@ def test_a_call_that_does_not_bind_is_refused_in_pythons_words(args: Any, kwargs
 
 
 def test_a_refusal_shows_the_signature() -> None:
-    assert "Call it as `demo_twice(body, x, *, scale=1.0)`" in str(refusal(TWICE))
+    assert "Call it as `demo_twice(body: Subgraph, x: Tensor, *, scale: float = 1.0)`" in str(refusal(TWICE))
 
 
 def test_a_refusal_is_a_type_error() -> None:
@@ -166,10 +166,7 @@ def test_every_variadic_subgraph_must_be_callable() -> None:
     "value", [torch.sin, torch.nn.ModuleList(), "sin", None], ids=["function", "modules", "str", "None"]
 )
 def test_a_tuple_of_subgraphs_must_be_one(value: object) -> None:
-    assert (
-        refusal(CHAIN, X, value).found
-        == f"argument 'fs': expected a tuple of callables, got {type(value).__qualname__}"
-    )
+    assert refusal(CHAIN, X, value).found == f"expected a tuple of callables, got {type(value).__qualname__}"
 
 
 def test_a_graph_module_is_a_graph_module() -> None:
@@ -191,12 +188,7 @@ def test_a_tuple_of_functions_is_no_tuple_of_graph_modules() -> None:
 
 
 def sym_int() -> torch.SymInt:
-    env = ShapeEnv()
-    source = torch._dynamo.source.ConstantSource("n")
-    symbol = env.create_symbol(7, source)
-    made = env.create_symintnode(symbol, hint=7)
-    assert isinstance(made, torch.SymInt)
-    return made
+    return ShapeEnv().create_unbacked_symint()
 
 
 @pytest.mark.parametrize("value", [2.0, 2, True, None, "a", 1j, torch.float32, Color.RED, (1, (2, Color.RED))], ids=str)
@@ -379,4 +371,4 @@ def test_an_eager_call_passes_where_the_call_binds(steps: object, sizes: list[ob
 
     op = spec(body)
     args, kwargs = ((torch.sin, steps, *sizes), {}) if not by_keyword else ((torch.sin, 1, *sizes), {"dtype": steps})
-    assert passes(checks(op), args, kwargs) == (outcome(lambda: bind(op, args, kwargs)) is not TypeError)
+    assert passes(checks(op), args, kwargs) == isinstance(outcome(lambda: bind(op, args, kwargs)), dict)

@@ -326,6 +326,7 @@ def test_a_parameter_keeps_how_it_is_passed_and_its_default() -> None:
         (Any, "Any"),
         (T, "T"),
         ("torch.Tensor | None", "Tensor | None"),
+        ("'Tensor'", "Tensor"),
         ("Literal['a.b']", "Literal['a.b']"),
         (float, "float"),
     ],

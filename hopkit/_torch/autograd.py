@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Protocol, cast
 
 import torch
@@ -19,7 +19,7 @@ def below_autograd() -> contextlib.AbstractContextManager[None]:
 
 def needs_gradient(values: Sequence[object]) -> bool:
     """Whether gradients are recorded, and one of these tensors asks for one."""
-    return torch.is_grad_enabled() and any(isinstance(v, torch.Tensor) and v.requires_grad for v in values)
+    return torch.is_grad_enabled() and torch._C._any_requires_grad(*values)
 
 
 def differentiable(value: object) -> bool:
@@ -48,21 +48,21 @@ class _Context(FunctionCtx):
 
 class _Tape(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: _Context, step: Step, *inputs: object) -> tuple[object, ...]:  # type: ignore[override] # a context with fields
+    def forward(ctx: _Context, step: Step, *inputs: object) -> tuple[object, ...]:
         outputs, saved = step.forward(inputs)
         ctx.step = step
         ctx.numbers = {i: v for i, v in enumerate(saved) if not isinstance(v, torch.Tensor)}
-        ctx.once = not all(any(v is known for known in (*inputs, *outputs)) for v in saved if isinstance(v, torch.Tensor))
-        ctx.save_for_backward(*(v for v in saved if isinstance(v, torch.Tensor)))
+        tensors = [v for v in saved if isinstance(v, torch.Tensor)]
+        ctx.once = not {id(v) for v in tensors} <= {id(v) for v in (*inputs, *outputs)}
+        ctx.save_for_backward(*tensors)
         ctx.mark_non_differentiable(*(o for o in outputs if isinstance(o, torch.Tensor) and not differentiable(o)))
         ctx.set_materialize_grads(False)
         return outputs
 
     @staticmethod
-    def backward(ctx: _Context, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override] # as above
+    def backward(ctx: _Context, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         # What a rule computed and saved has no history: a second derivative through it would be wrong without a word.
-        run = once_differentiable(_backward) if ctx.once else _backward
-        return cast("tuple[torch.Tensor | None, ...]", run(ctx, *gradients))
+        return (once_differentiable(_backward) if ctx.once else _backward)(ctx, *gradients)
 
 
 def _backward(ctx: _Context, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
@@ -74,7 +74,7 @@ def _backward(ctx: _Context, *gradients: torch.Tensor | None) -> tuple[torch.Ten
 
 def apply(step: Step, inputs: Sequence[object]) -> tuple[object, ...]:
     """Run ``step`` on the autograd tape."""
-    return cast("tuple[object, ...]", _Tape.apply(step, *inputs))
+    return cast("tuple[object, ...]", _Tape.apply(step, *inputs))  # type: ignore[no-untyped-call] # torch's own
 
 
 def raise_in_backward(message: str, outputs: object) -> object:
@@ -86,8 +86,6 @@ def raise_in_backward(message: str, outputs: object) -> object:
 
     def mark(tensor: torch.Tensor) -> torch.Tensor:
         tensor = tensor.detach()
-        return cast("torch.Tensor", error(tensor.requires_grad_() if differentiable(tensor) else tensor))
+        return error(tensor.requires_grad_() if differentiable(tensor) else tensor)
 
     return trees.map_only(torch.Tensor, mark, outputs)
-
-

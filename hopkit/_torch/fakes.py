@@ -111,4 +111,4 @@ _AUTOGRAD_KEYS = _autograd_keys()
 
 def same_storage(left: torch.Tensor, right: torch.Tensor) -> bool:
     """Whether two stand-ins share memory."""
-    return left.untyped_storage()._cdata == right.untyped_storage()._cdata
+    return bool(left.untyped_storage()._cdata == right.untyped_storage()._cdata)

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from typing import Protocol, cast
+from typing import Protocol
 
+from torch._C import DispatchKey
+from torch._C._functorch import TransformType
 from torch._subclasses.functional_tensor import (
     CppFunctionalizeAPI,
     FunctionalTensorMode,
     FunctorchFunctionalizeAPI,
     PythonFunctionalizeAPI,
 )
-from torch._C import DispatchKey
-from torch._C._functorch import TransformType
 
 from hopkit._torch.operator import Kernel, Key
 

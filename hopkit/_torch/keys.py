@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch._C import DispatchKey
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -23,7 +25,7 @@ def of_device(device: str) -> DispatchKey:
     Raises:
         RuntimeError: torch knows no such device type.
     """
-    return getattr(DispatchKey, torch._C._dispatch_key_for_device(device))
+    return cast("DispatchKey", getattr(DispatchKey, torch._C._dispatch_key_for_device(device)))
 
 
 def is_dispatch_mode(entry: object) -> bool:
@@ -33,4 +35,6 @@ def is_dispatch_mode(entry: object) -> bool:
 
 def is_entry(entry: object) -> bool:
     """Whether torch can look for a kernel under this."""
-    return isinstance(entry, DispatchKey) or (isinstance(entry, type) and issubclass(entry, (TorchDispatchMode, torch.Tensor)))
+    if isinstance(entry, type):
+        return issubclass(entry, (TorchDispatchMode, torch.Tensor))
+    return isinstance(entry, DispatchKey)

@@ -24,11 +24,11 @@ class Operator(HigherOrderOperator):
     """One op, as torch sees it. What answers under which key is a table that hopkit writes."""
 
     def __init__(self, name: str, enter: Callable[..., object], run: Kernel, schema: Callable[..., object]) -> None:
-        super().__init__(name)
+        super().__init__(name)  # type: ignore[no-untyped-call] # torch's own
         self._enter, self._run, self._schema_of = enter, run, schema
         # A view that only conjugates or negates is seen by the body's own operators.
         for key in (DispatchKey.Conjugate, DispatchKey.Negative, DispatchKey.ZeroTensor):
-            self.fallthrough(key)
+            self.fallthrough(key)  # type: ignore[no-untyped-call] # torch's own
 
     def __call__(self, *args: object, **kwargs: object) -> object:
         """Enter as a graph does: in place where nothing asks for the op, through torch's dispatcher otherwise."""
@@ -36,19 +36,19 @@ class Operator(HigherOrderOperator):
 
     def redispatch(self, *args: object, **kwargs: object) -> object:
         """Through torch's dispatcher: the next key's kernel answers."""
-        return super().__call__(*args, **kwargs)
+        return super().__call__(*args, **kwargs)  # type: ignore[no-untyped-call] # torch's own
 
-    def dispatch(self, key: DispatchKey, /, *args: object, **kwargs: object) -> object:
+    def dispatch(self, /, dispatch_key: DispatchKey, *args: object, **kwargs: object) -> object:
         """As torch's, but open: a mode, subclass or transform without a kernel sees the inside of the op."""
-        if key == DispatchKey.FuncTorchDynamicLayerFrontMode and not self._has_transform():
+        if dispatch_key == DispatchKey.FuncTorchDynamicLayerFrontMode and not self._has_transform():
             return self._run(*args, **kwargs)
-        if key == DispatchKey.Python and not self._has_python(args):
+        if dispatch_key == DispatchKey.Python and not self._has_python(args):
             return self._run(*args, **kwargs)
-        return super().dispatch(key, *args, **kwargs)
+        return super().dispatch(dispatch_key, *args, **kwargs)  # type: ignore[no-untyped-call] # torch's own
 
     def _has_transform(self) -> bool:
         top = torch._C._functorch.peek_interpreter_stack()
-        return top is not None and top.key() in self.functorch_table
+        return top.key() in self.functorch_table
 
     def _has_python(self, args: tuple[object, ...]) -> bool:
         for mode in state.dispatch_modes():

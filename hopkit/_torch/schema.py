@@ -8,8 +8,6 @@ import torch
 from torch._higher_order_ops.schema import HopSchemaGenerator
 from torch.fx import Graph, GraphModule
 
-from hopkit._torch import trees
-
 
 def generate(
     operator: torch._ops.HigherOrderOperator,

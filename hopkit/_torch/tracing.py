@@ -8,10 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import cast
 
 import torch
-from torch._higher_order_ops.utils import reenter_make_fx
-from torch.fx import GraphModule, Proxy
-from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode, PythonKeyTracer, track_tensor_tree
 from torch._guards import detect_fake_mode
+from torch._higher_order_ops.utils import reenter_make_fx
+from torch.fx import GraphModule
+from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode, PythonKeyTracer, track_tensor_tree
 
 from hopkit._torch import fakes, trees
 
@@ -22,7 +22,8 @@ class Tracer:
     """The graph that is being recorded."""
 
     def __init__(self, mode: ProxyTorchDispatchMode, inputs: Sequence[object]) -> None:
-        self._tracer = mode.tracer
+        # Its other tracer never gets as far as an operator.
+        self._tracer = cast("PythonKeyTracer", mode.tracer)
         self._fake_mode = detect_fake_mode(inputs)
 
     def trace(self, name: str, function: Callable[..., object], examples: Sequence[object], key: object) -> GraphModule:
@@ -56,6 +57,6 @@ class Tracer:
         outputs: object,
     ) -> object:
         """Write the node ``target(*args, **kwargs)``, and let ``outputs`` be what it gives."""
-        proxies = trees.map_leaves(self._tracer.unwrap_proxy, args)
+        proxies = trees.map_leaves(cast("Callable[[object], object]", self._tracer.unwrap_proxy), args)
         node = self._tracer.create_proxy("call_function", target, proxies, dict(kwargs))
         return track_tensor_tree(outputs, node, constant=None, tracer=self._tracer)

@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import TypeVar
+from typing import TypeVar, cast
 
+import torch
 from torch.utils import _pytree as pytree
 
 T = TypeVar("T")
@@ -68,15 +69,13 @@ def same(left: Sequence[object], right: Sequence[object]) -> bool:
 
 def map_leaves(fn: Callable[[object], object], value: T) -> T:
     """``value`` with ``fn`` applied to every leaf."""
-    return pytree.tree_map(fn, value)
+    return cast("T", pytree.tree_map(fn, value))
 
 
-def quick_leaves(values: Iterable[object]) -> list[object]:
-    """The leaves of arguments, fast where they are tensors and flat tuples of tensors."""
-    found: list[object] = []
-    for value in values:
-        if type(value) is tuple or type(value) is list:
-            found.extend(value)
-        else:
-            found.append(value)
-    return leaves(found) if any(is_node(type(v)) for v in found) else found
+def quick_leaves(value: object) -> Sequence[object]:
+    """As `leaves`, fast for a tensor and for a flat tuple of tensors."""
+    if type(value) is torch.Tensor:
+        return (value,)
+    if type(value) is tuple and all(type(v) is torch.Tensor for v in value):
+        return value
+    return leaves(value)

@@ -45,7 +45,7 @@ class Watch(TorchDispatchMode):
     supports_higher_order_operators = True
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call] # torch's own
         self.random = False
         self.opaque = ""
         self.written: list[torch.Tensor] = []

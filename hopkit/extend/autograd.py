@@ -19,6 +19,7 @@ from hopkit._torch.autograd import (
 )
 from hopkit._torch.state import forward_mode
 from hopkit.call import Call
+from hopkit.errors import no_gradient
 
 __all__ = [
     "AutogradRule",
@@ -29,6 +30,7 @@ __all__ = [
     "differentiable",
     "forward_mode",
     "needs_gradient",
+    "no_gradient",
     "raise_in_backward",
 ]
 

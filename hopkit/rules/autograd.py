@@ -11,13 +11,14 @@ from collections.abc import Sequence
 
 import torch
 
-from hopkit.extend import AutogradError, Call, OpSpec, Rule, hookimpl
+from hopkit.extend import Call, OpSpec, Rule, hookimpl
 from hopkit.extend.autograd import (
     apply,
     below_autograd,
     differentiable,
     forward_mode,
     needs_gradient,
+    no_gradient,
     raise_in_backward,
 )
 
@@ -90,12 +91,7 @@ def error(call: Call) -> object:
     """No call where a gradient would be asked for."""
     if not needs_gradient(call.inputs):
         return below(call)
-    raise AutogradError(
-        f"op '{call.op.name}'",
-        "was called with inputs that require gradients",
-        why='its author declared `autograd="error"`',
-        todo="Call it under torch.no_grad(), or on detached tensors",
-    )
+    raise no_gradient(call.op.name)
 
 
 def message(call: Call) -> str:

@@ -6,6 +6,8 @@ recorded as a node (hopkit/record.py).
 
 from __future__ import annotations
 
+from typing import cast
+
 from hopkit.extend import Call, OpSpec, Rule, hookimpl
 from hopkit.extend.functionalize import Functionalizer, pure
 
@@ -18,7 +20,7 @@ def hopkit_functionalize_rule(op: OpSpec) -> Rule:
 
 def functionalize(layer: Functionalizer, call: Call) -> object:
     """Call the op below functionalization, on plain tensors and pure subgraphs."""
-    (inputs,) = layer.unwrap_tensors((call.inputs,))
+    inputs = layer.unwrap_tensors(call.inputs)
     with layer.redispatch_to_next():
         outputs = call.replace(graphs=[pure(layer, graph) for graph in call.graphs], inputs=inputs)()
-        return layer.wrap_tensors(outputs)
+        return layer.wrap_tensors(cast("tuple[object, ...]", outputs))
