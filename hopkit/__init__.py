@@ -19,7 +19,9 @@ from hopkit.errors import (
     SignatureError,
     SpecError,
     SubgraphError,
+    UnknownOpError,
 )
+from hopkit.explain import Explanation, explain
 from hopkit.hookspecs import hookimpl
 from hopkit.manager import PluginInfo
 from hopkit.op import Op, decompose
@@ -33,6 +35,7 @@ __all__ = [
     "CaptureError",
     "DataDependentError",
     "DuplicateOpError",
+    "Explanation",
     "HopkitError",
     "HopkitWarning",
     "LayoutError",
@@ -48,10 +51,12 @@ __all__ = [
     "SpecError",
     "Subgraph",
     "SubgraphError",
+    "UnknownOpError",
     "__version__",
     "adopt",
     "decompose",
     "define",
+    "explain",
     "hookimpl",
     "ops",
     "plugins",

@@ -70,7 +70,9 @@ def checks(spec: OpSpec) -> tuple[Check, ...]:
         if p.kind is Kind.OPTION:
             found.append(Check(position, p.name, p.variadic, PLAIN, is_constant))
         elif p.graph_only:
-            found.append(Check(position, p.name, p.variadic, frozenset(), _is_graph_module))
+            alone = p.kind is Kind.SUBGRAPH
+            fits = _is_graph_module if alone else functools.partial(_fits, p)
+            found.append(Check(position, p.name, p.variadic, frozenset(), fits))
     return tuple(found)
 
 
@@ -136,6 +138,10 @@ def _qualified_names(cls: type) -> frozenset[str]:
 
 qualified_names: Callable[[type], frozenset[str]] = functools.lru_cache(maxsize=256)(_qualified_names)
 """The names of a class and its bases, with their modules."""
+
+
+def _fits(parameter: Parameter, value: object) -> bool:
+    return misfit(parameter, value) is None
 
 
 def _is_graph_module(value: object) -> bool:

@@ -13,10 +13,10 @@ from hopkit import layout as layouts
 from hopkit import transform
 from hopkit._torch import trees
 from hopkit._torch.fakes import Stage
-from hopkit._torch.watch import Substitute, Watch, custom_backward
+from hopkit._torch.watch import Same, Substitute, Watch, custom_backward, sources
 from hopkit.codec import Slot
 from hopkit.layout import Layout
-from hopkit.record import Graph, Same, run_or_examples, variable_name
+from hopkit.record import Graph, run_or_examples, variable_name
 from hopkit.spec import Kind, OpSpec
 
 GraphLike = Callable[..., object]
@@ -58,12 +58,14 @@ class Rehearsal:
         random: Whether random numbers are drawn.
         opaque: Why a recorded graph cannot be differentiated, or "".
         outputs: Stand-ins of what the call gives.
+        sources: Per output, the inputs that it has a gradient for. None: nobody knows.
     """
 
     examples: tuple[tuple[object, ...], ...]
     random: bool
     opaque: str
     outputs: object
+    sources: tuple[tuple[int, ...], ...] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,12 +131,16 @@ class Call:
             for _ in variants
         ]
 
-    def arguments(self) -> tuple[list[object], dict[str, object]]:
-        """The author's ``(args, kwargs)``; a subgraph among them has ``captures``, and calls its graphs."""
+    def values(self) -> dict[str, object]:
+        """The author's arguments, by parameter; a subgraph among them has ``captures``, and calls its graphs."""
         if self.layout is not None:
-            return transform.arguments(self.op, self.layout, self.graphs, self.inputs, self.options)
+            return transform.values(self.op, self.layout, self.graphs, self.inputs, self.options)
         (graph,), (operand,) = self.op.of_kind(Kind.SUBGRAPH), self.op.of_kind(Kind.OPERAND)
-        return self.op.arguments({**self.options, graph.name: self.graphs[0], operand.name: self.inputs})
+        return {**self.options, graph.name: self.graphs[0], operand.name: self.inputs}
+
+    def arguments(self) -> tuple[list[object], dict[str, object]]:
+        """The author's ``(args, kwargs)``."""
+        return self.op.arguments(self.values())
 
     @property
     def operands(self) -> int:
@@ -185,6 +191,7 @@ class Call:
         """What the call does, learnt by running it once on stand-ins."""
         stage, watch = Stage(self.inputs), Watch()
         examples: dict[int, tuple[object, ...]] = {}
+        hooked: list[bool] = []
 
         def stand_in(value: object) -> object:
             return stage.fake(value) if isinstance(value, torch.Tensor) and not stage.owns(value) else value
@@ -193,8 +200,10 @@ class Call:
             def graph(*inputs: object) -> object:
                 examples[index] = inputs
                 function = self.graphs[index]
-                with Substitute(stand_in):
-                    return (function.plain if isinstance(function, Pure) else function)(*inputs)
+                with Substitute(stand_in) as mode:
+                    result = (function.plain if isinstance(function, Pure) else function)(*inputs)
+                hooked.append(mode.hooked)
+                return result
 
             return graph
 
@@ -202,12 +211,15 @@ class Call:
             fakes = tuple(map(stand_in, self.inputs))
             rehearsed = self.replace(graphs=[probe(i) for i in range(len(self.graphs))], inputs=fakes)
             with watch:
-                outputs = rehearsed._run_or_examples()
-            opaque = custom_backward(trees.leaves(outputs))
+                outputs = rehearsed.like_body()
+            opaque = custom_backward(trees.leaves(outputs)) or ("it has a hook on a gradient" if any(hooked) else "")
             for index in set(range(len(self.graphs))) - set(examples):
                 examples[index] = self._from_layout(index, fakes)
+            # What was rehearsed is then the op itself, and not what a transform made of it.
+            unknown = self.transformed and self.op.inputs is not None
+            reached = None if unknown else tuple(sources(output, fakes) for output in trees.leaves(outputs))
         return Rehearsal(
-            tuple(examples[i] for i in range(len(self.graphs))), watch.random, opaque or watch.opaque, outputs
+            tuple(examples[i] for i in range(len(self.graphs))), watch.random, opaque or watch.opaque, outputs, reached
         )
 
     def _from_layout(self, index: int, inputs: Sequence[object]) -> tuple[object, ...]:
@@ -218,14 +230,9 @@ class Call:
         variant = next(v for v in every if v.graph == index)
         return (*(meta.example(symbols) for meta in variant.metas), *(inputs[i] for i in variant.captures))
 
-    def _run_or_examples(self) -> object:
+    def like_body(self) -> object:
+        """What the call gives, on stand-ins. An op that decides on values declares it: ``inputs=`` and ``outputs=``."""
         if self.op.inputs is None:
             return self.run()
         base = self if self.layout is None else self.replace(layout=dataclasses.replace(self.layout, transforms=()))
-        args, kwargs = base.arguments()
-        probes = [
-            a for p, a in zip(self.op.parameters, args, strict=False) if p.kind in (Kind.SUBGRAPH, Kind.SUBGRAPHS)
-        ]
-        return run_or_examples(
-            self.op, args, kwargs, [f for p in probes for f in (p if isinstance(p, tuple) else (p,))]
-        )
+        return run_or_examples(self.op, base.values())

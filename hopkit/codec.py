@@ -10,11 +10,13 @@ import json
 import operator
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from typing import cast
+from typing import TypeVar, cast
 
 import torch
 
 from hopkit.errors import LayoutError
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,15 +35,15 @@ def dumps(value: object) -> str:
     return json.dumps(_encode(value), separators=(",", ":"))
 
 
-def loads(text: str) -> object:
-    """The value that `dumps` wrote.
+def loads(text: str, read: Callable[[object], T]) -> T:
+    """What ``read`` makes of the value that `dumps` wrote.
 
     Raises:
         LayoutError: The text is damaged, or names a class that is not installed.
     """
     try:
-        return _decode(json.loads(text))
-    except (json.JSONDecodeError, ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
+        return read(_decode(json.loads(text)))
+    except (ValueError, LookupError, TypeError, ImportError, AttributeError) as error:
         raise LayoutError(
             "hopkit=",
             f"cannot be read ({error})",
@@ -121,10 +123,14 @@ _DECODERS: dict[object, Callable[[list[object]], object]] = {
 
 def _path(kind: type) -> str:
     path = f"{kind.__module__}:{kind.__qualname__}"
-    if "<locals>" in path:
+    try:
+        found: object = _named(path)
+    except (ImportError, AttributeError, ValueError):
+        found = None
+    if found is not kind:
         raise LayoutError(
             f"class {kind.__qualname__}",
-            "is local to a function",
+            f"cannot be found as {path}",
             why="a recorded node names the class, so that another process can find it",
             todo="Define it at the top of a module",
         )

@@ -10,7 +10,7 @@ from typing_extensions import ParamSpec, TypeVar
 
 from hopkit import kit
 from hopkit._torch.trees import is_node
-from hopkit.errors import HopkitError
+from hopkit.errors import HopkitError, SpecError
 from hopkit.manager import PluginInfo
 from hopkit.op import AnyOp, Op
 from hopkit.parameters import parse
@@ -45,7 +45,8 @@ def define(name: str | OpSpec, /, *, replace: bool = False, **properties: object
     Args:
         name: torch's name for the op, or the whole spec.
         replace: Take the name from the op that has it. `undefine` gives it back. Names that other modules have
-            imported already stay what they were.
+            imported already stay what they were; what goes by the name finds the new op. (So ``torch.cond``, which
+            Dynamo looks up by name, refuses while another op is called "cond".)
         properties: See `OpSpec`.
 
     Returns:
@@ -55,6 +56,13 @@ def define(name: str | OpSpec, /, *, replace: bool = False, **properties: object
         SpecError: The name, a parameter or a property is wrong; torch's registry is as it was.
         DuplicateOpError: The name is taken.
     """
+    if callable(name):
+        raise SpecError(
+            f"op body '{getattr(name, '__qualname__', name)}'",
+            "was given to `define` without a name",
+            why="torch knows an op by its name",
+            todo='Write `@hopkit.define("mypackage_myop")`',
+        )
     if isinstance(name, OpSpec):
         return kit.current().define(name, replace=replace)
     localns = sys._getframe(1).f_locals
@@ -73,8 +81,12 @@ def make_spec(
     Raises:
         SpecError: A parameter or a property is wrong.
     """
-    settled = {k: tuple(cast("Iterable[str]", v)) if k in ("mutates", "aliases") else v for k, v in properties.items()}
+    settled = {k: _names(v) if k in ("mutates", "aliases") else v for k, v in properties.items()}
     return OpSpec(name, body, parse(body, localns, is_node), **settled)  # type: ignore[arg-type] # define's own types
+
+
+def _names(value: object) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else tuple(cast("Iterable[str]", value))
 
 
 def undefine(op: AnyOp) -> None:

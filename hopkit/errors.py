@@ -16,10 +16,17 @@ class HopkitError(Exception):
         why, todo = why[:1].upper() + why[1:], todo[:1].upper() + todo[1:]
         super().__init__(f"{who} {found}. {why}. {todo}. See docs/reference/errors.md#{self.anchor()}.")
 
+    def __reduce__(self) -> tuple[object, ...]:
+        return _restore, (type(self), self.who, self.found, self.why, self.todo)
+
     @classmethod
     def anchor(cls) -> str:
         """The heading of this class in the error reference: ``DuplicateOpError`` -> ``duplicate-op``."""
         return re.sub(r"(?<!^)(?=[A-Z])", "-", cls.__name__.removesuffix("Error")).lower()
+
+
+def _restore(kind: type[HopkitError], who: str, found: str, why: str, todo: str) -> HopkitError:
+    return kind(who, found, why=why, todo=todo)
 
 
 class SpecError(HopkitError):
@@ -28,6 +35,10 @@ class SpecError(HopkitError):
 
 class DuplicateOpError(SpecError):
     """An op's name is taken, by another op of hopkit or by one of torch's own."""
+
+
+class UnknownOpError(HopkitError, LookupError):
+    """No op has this name, or several have."""
 
 
 class CallError(HopkitError, TypeError):

@@ -11,6 +11,7 @@ from hopkit._torch import trees
 from hopkit._torch.autograd import apply, below_autograd, needs_gradient
 from hopkit._torch.state import forward_mode
 from hopkit.call import Call
+from hopkit.codec import Slot
 from hopkit.errors import CaptureError, RuleError
 from hopkit.layout import Slots, fill
 
@@ -39,6 +40,8 @@ class _HandWritten:
             if not (isinstance(result, tuple) and len(result) == 2):
                 raise self._wrong("forward", f"gave a {type(result).__qualname__}", "return `(out, saved)`")
             self._saved = saved.split(result[1])
+            # An object of the rule's own may hold tensors: it counts as something that the rule computed.
+            saved.inputs += [v for v in trees.leaves(self._saved) if not (isinstance(v, _CONSTANT) or callable(v))]
             self._tensors = [i for i, v in enumerate(trees.leaves(result[0])) if isinstance(v, torch.Tensor)]
             return result[0]
 
@@ -52,21 +55,32 @@ class _HandWritten:
         assert self._call.layout is not None
         known = dict(zip(self._call.layout.outputs, gradients, strict=True))
         found = list(self._rule.backward(fill(self._saved, saved), *map(known.get, self._tensors)))
-        inputs, operands = self._call.inputs, self._call.operands
-        if len(found) == operands < len(inputs):
-            captured = [i for i in range(operands, len(inputs)) if needs_gradient([inputs[i]])]
-            if captured:
+        inputs, operands = self._call.inputs, self._operands()
+        captured = list(range(self._call.operands, len(inputs)))
+        if len(found) == len(operands):
+            lost = [i for i in captured if getattr(inputs[i], "requires_grad", False)]
+            if lost:
                 raise CaptureError(
                     f"op '{self._call.op.name}'",
-                    f"has a backward that gives no gradient for {self._call.name_of(captured[0])}",
+                    f"has a backward that gives no gradient for {self._call.name_of(lost[0])}",
                     why="the gradient would be lost without a word",
                     todo="Give one gradient per operand and then one per captured tensor (`subgraph.captures`), "
                     "or pass the tensor as an operand",
                 )
-            found += [None] * (len(inputs) - operands)
-        if len(found) != len(inputs):
-            raise self._wrong("backward", f"gave {len(found)} gradients", f"return {operands}: one per operand tensor")
-        return found
+            captured = []
+        if len(found) != len(operands) + len(captured):
+            wanted = f"return {len(operands)}: one per operand tensor"
+            raise self._wrong("backward", f"gave {len(found)} gradients", wanted)
+        totals: list[torch.Tensor | None] = [None] * len(inputs)
+        for i, gradient in zip([*operands, *captured], found, strict=True):
+            totals[i] = _sum(totals[i], gradient)
+        return totals
+
+    def _operands(self) -> list[int]:
+        """For every operand tensor, the input that it is: one tensor may be passed for two operands."""
+        assert self._call.layout is not None
+        leaves = trees.leaves(dict(self._call.layout.values))
+        return [leaf.index for leaf in leaves if isinstance(leaf, Slot)]
 
     def _wrong(self, function: str, found: str, todo: str) -> RuleError:
         return RuleError(
@@ -75,3 +89,12 @@ class _HandWritten:
             why="autograd needs one gradient per input",
             todo=f"Let it {todo}",
         )
+
+
+def _sum(left: torch.Tensor | None, right: torch.Tensor | None) -> torch.Tensor | None:
+    if left is None or right is None:
+        return right if left is None else left
+    return left + right
+
+
+_CONSTANT = (Slot, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.layout)

@@ -6,15 +6,17 @@ Hooks are asked when an op is defined and when a plugin comes or goes, never whe
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, TypeVar, cast, overload
+from typing import TYPE_CHECKING, TypeVar, overload
 
 import pluggy
 
 from hopkit.modes import Mode
 from hopkit.rule import Rule
-from hopkit.spec import OpSpec
+from hopkit.spec import OpSpec, Sample
 
 if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
     from hopkit.op import AnyOp
 
 PROJECT = "hopkit"
@@ -27,23 +29,34 @@ _hookimpl = pluggy.HookimplMarker(PROJECT)
 @overload
 def hookimpl(function: F, /) -> F: ...
 @overload
-def hookimpl(*, op: str | None = None, overrides: str | None = None) -> Callable[[F], F]: ...
+def hookimpl(*, op: str | tuple[str, ...] = (), overrides: str | tuple[str, ...] = ()) -> Callable[[F], F]: ...
 def hookimpl(
-    function: F | None = None, /, *, op: str | None = None, overrides: str | None = None
+    function: F | None = None, /, *, op: str | tuple[str, ...] = (), overrides: str | tuple[str, ...] = ()
 ) -> F | Callable[[F], F]:
     """Mark a function as the answer to the hook of its name.
 
     Args:
         function: The function, where the marker is used without arguments.
-        op: Answer for the op of this name alone. Such an answer comes before one for any op.
-        overrides: The plugin whose answer in the same place this one goes before. Without it two are a conflict.
+        op: Answer for the ops of these names alone. Such an answer comes before one for any op.
+        overrides: The plugins whose answers in the same place this one goes before. Without it two are a conflict.
+
+    Raises:
+        TypeError: A name is no string.
     """
+    named = {"hopkit_op": _names("op", op), "hopkit_overrides": _names("overrides", overrides)}
 
     def mark(function: F) -> F:
-        vars(function).update(hopkit_op=op, hopkit_overrides=overrides)
-        return cast("F", _hookimpl(function))
+        vars(function).update(named)
+        return _hookimpl(function)
 
     return mark if function is None else mark(function)
+
+
+def _names(keyword: str, given: object) -> tuple[str, ...]:
+    names = given if isinstance(given, tuple) else (given,)
+    if not all(isinstance(name, str) for name in names):
+        raise TypeError(f"hookimpl() takes names in {keyword}=, such as 'demo_twice', not {given!r}")
+    return names
 
 
 class Hooks:
@@ -91,14 +104,31 @@ class Hooks:
 
     @hookspec
     def hopkit_add_modes(self) -> Iterable[Mode]:
-        """Modes that the plugin brings: each gets a hook ``hopkit_<name>_rule`` of its own."""
+        """Modes that the plugin brings.
+
+        Returns:
+            The modes. Each gets a hook of its own: ``hopkit_<name>_rule(op) -> rule | None``, where
+            ``rule(entry, call) -> outputs``, and the entry is the active mode, the tensor class or the dispatch key.
+        """
         return ()
 
     @hookspec
     def hopkit_add_ops(self) -> Iterable[AnyOp]:
-        """Ops that the plugin brings. They are defined when its module is imported; this makes them known as its own."""
+        """Ops that the plugin brings.
+
+        Returns:
+            Ops that its module defines when it is imported; the hook makes them known as the plugin's own.
+        """
         return ()
 
     @hookspec
     def hopkit_op_defined(self, op: OpSpec) -> None:
-        """``op`` was defined, and its rules are installed."""
+        """``op`` was defined, and its rules are installed. A plugin that comes later hears of all that are there."""
+
+    @hookspec
+    def hopkit_samples_from_program(self, op: OpSpec, program: ExportedProgram) -> Iterable[Sample] | None:
+        """Example calls of ``op`` found in ``program``, a user's own (``hopkit check OP --program FILE``).
+
+        Returns:
+            The calls, or None: no answer for this op. Raises `HopkitError` where the program has none.
+        """

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, cast
 
 from hopkit._torch import functional, keys
-from hopkit._torch.fakes import FakeMode, in_mode
+from hopkit._torch.fakes import FakeMode, in_mode, run_in_mode
 from hopkit._torch.operator import Kernel, Key
 from hopkit._torch.tracing import Tracer
 from hopkit.call import Call
@@ -57,12 +57,19 @@ def _fake(op: str, mode: Mode, answers: Sequence[Answer], decode: Decode) -> dic
         call = decode(*args, **kwargs)
         # A weight that a subgraph closes over may be real where the operands are fake.
         call = call.replace(inputs=[in_mode(value, fake_mode) for value in call.inputs])
-        with fake_mode:
-            if call.transformed and call.op.outputs is not None:
-                return call.like_inputs()
-            return call.run(None if call.transformed else lambda *a, **k: ask(op, mode.name, rules, *a, **k))
+        if call.transformed:
+            return run_in_mode(call.run if call.op.outputs is None else call.like_inputs, fake_mode)
+        return run_in_mode(lambda: call.run(shapes), fake_mode)
 
-    return {keys.FAKE: kernel}
+    def shapes(*args: object, **kwargs: object) -> object:
+        return ask(op, mode.name, rules, *args, **kwargs)
+
+    def meta(*args: object, **kwargs: object) -> object:
+        call = decode(*args, **kwargs)
+        return call.run(None if call.transformed else shapes)
+
+    # A meta tensor has a shape and no value, as a fake one does: no kernel is asked.
+    return {keys.FAKE: kernel, keys.META: meta}
 
 
 def _autograd(op: str, mode: Mode, answers: Sequence[Answer], decode: Decode) -> dict[Key, Kernel]:

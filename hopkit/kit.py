@@ -5,12 +5,11 @@ from __future__ import annotations
 import contextlib
 import keyword
 import warnings
-from collections.abc import Iterable, Iterator
-from typing import cast
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 
 from hopkit._torch.fakes import outside_modes
 from hopkit._torch.operator import taken
-from hopkit.errors import DuplicateOpError, HopkitError, HopkitWarning, PluginError, SpecError
+from hopkit.errors import DuplicateOpError, HopkitWarning, PluginError, SpecError
 from hopkit.manager import PluginInfo, Plugins
 from hopkit.op import AnyOp, Op
 from hopkit.resolve import check_rule, resolve
@@ -19,12 +18,17 @@ from hopkit.spec import OpSpec
 
 
 class Kit:
-    """A host. The process has one; tests make their own (`hopkit.testing.fresh`)."""
+    """A host. The process has one; tests make their own (`fresh`).
+
+    Args:
+        installed: Whether it has the installed plugins, or the built-in ones alone.
+    """
 
     def __init__(self, *, installed: bool = True) -> None:
         self.ops: dict[str, AnyOp] = {}
         self._plugins: Plugins | None = None
-        self._installed = installed
+        self._waiting = installed
+        self._complaints: list[str] = []
 
     # Built when first needed: importing hopkit must stay light.
     @property
@@ -36,32 +40,66 @@ class Kit:
 
     def load(self) -> None:
         """Load the installed plugins, once, and let all ops follow."""
-        if self._installed:
-            self._installed = False
+        if self._waiting:
+            self._waiting = False  # a plugin that calls an op while it is imported gets here again
+            heard = self._listeners()
             with outside_modes():
-                self.plugins.load_installed()
-                self._follow(strict=False)
-        for op in self.ops.values():
-            op.loaded()
+                self._waiting = not self.plugins.load_installed(self._forgetting(), self._note)
+                self._follow()
+                self._announce(self.ops.values(), but=heard)
+        if not self._waiting:
+            for op in self._every_op():
+                op.loaded()
+        self._tell()
+
+    def _forgetting(self) -> Callable[[str], None]:
+        """Takes back the ops that a module has defined since now."""
+        before = set(self._every_op())
+
+        def forget(module: str) -> None:
+            for op in list(self._every_op()):
+                own = f"{op.spec.body.__module__}.".startswith(f"{module}.")
+                if own and op not in before and self.ops.get(op.spec.name) is op:
+                    self.undefine(op)
+
+        return forget
 
     def supplied(self) -> dict[str, str]:
-        """The ops that plugins bring (``hopkit_add_ops``): torch's name, and the plugin's.
+        """The ops that plugins bring (``hopkit_add_ops``): torch's name, and the plugin's."""
+        return self._supplied(self._passing_over)
 
-        Raises:
-            PluginError: A plugin gives what is no op of this host.
-        """
+    def _supplied(self, complain: Callable[[Sequence[str], PluginError], None]) -> dict[str, str]:
         found: dict[str, str] = {}
         for impl in self.plugins.impls("hopkit_add_ops"):
-            for op in cast("Iterable[object]", impl.function()):
-                if not isinstance(op, Op) or self.ops.get(op.spec.name) is not op:
-                    raise PluginError(
-                        f"plugin '{impl.plugin}', hook 'hopkit_add_ops'",
-                        f"gave {op!r}",
-                        why="it is no op that is defined",
-                        todo="Give the ops that `hopkit.define` made",
-                    )
-                found[op.spec.name] = impl.plugin
+            try:
+                given = impl.ask()
+                for op in given if isinstance(given, Iterable) else [given]:
+                    if not isinstance(op, Op) or self.ops.get(op.spec.name) is not op:
+                        raise PluginError(
+                            f"plugin '{impl.plugin}', hook 'hopkit_add_ops'",
+                            f"gave {op!r}",
+                            why="it is no op that is defined",
+                            todo="Give a list of the ops that `hopkit.define` made",
+                        )
+                    found[op.spec.name] = impl.plugin
+            except PluginError as error:
+                complain([impl.plugin], error)
         return found
+
+    # -- complaints --------------------------------------------------------------------------------------------------
+
+    def _note(self, error: PluginError) -> None:
+        self._complaints.append(str(error))
+
+    def _passing_over(self, plugins: Sequence[str], error: PluginError) -> None:
+        """One plugin must not stop the others. A place that several claim is told to who calls there."""
+        if len(plugins) == 1:
+            self._note(error)
+
+    def _tell(self) -> None:
+        """Warn of what was noted: once everything stands, for a warning may be an error."""
+        while self._complaints:
+            warnings.warn(self._complaints.pop(0), HopkitWarning, stacklevel=2)
 
     # -- ops ---------------------------------------------------------------------------------------------------------
 
@@ -73,23 +111,27 @@ class Kit:
             DuplicateOpError: The name is taken.
         """
         self._check_name(spec.name, replace)
-        table = resolve(spec, (), self.plugins, strict=False)
-        before = self.ops.get(spec.name)
-        op: AnyOp = Op(spec, self.load if self._installed else None, self.attach)
-        op.install(table, self.plugins.modes)
-        op.before = before
+        table = resolve(spec, (), self.plugins, self._passing_over)
+        op: AnyOp = Op(spec, self.load if self._waiting else None, self.attach)
+        try:
+            op.install(table, self.plugins.modes)
+        except BaseException:
+            op.place.fill()  # torch knows an operator from its construction on
+            raise
+        op.before = self.ops.get(spec.name)
         op.place.fill(op.operator)
         self.ops[spec.name] = op
-        self._announce(op)
+        self._announce([op])
+        self._tell()
         return op
 
     def _check_name(self, name: str, replace: bool) -> None:
-        if not name.isidentifier() or keyword.iskeyword(name):
+        if not (name.isascii() and name.isidentifier()) or keyword.iskeyword(name):
             raise SpecError(
                 f"op {name!r}",
                 "has a name that is no identifier",
                 why="torch knows the op as torch.ops.higher_order.<name>",
-                todo="Use letters, digits and underscores, and prefix the name with your package",
+                todo="Use ASCII letters, digits and underscores, and prefix the name with your package",
             )
         if taken(name) and not replace:
             whose = "an op of hopkit" if name in self.ops else "an op of torch"
@@ -100,16 +142,18 @@ class Kit:
                 todo="Prefix the name with your package, or say `replace=True`",
             )
 
-    def _announce(self, op: AnyOp) -> None:
-        for impl in self.plugins.impls("hopkit_op_defined"):
-            try:
-                impl.function(op=op.spec)
-            except Exception as error:  # the op is defined, whatever a listener thinks of it
-                warnings.warn(
-                    f"plugin '{impl.plugin}', hook 'hopkit_op_defined' raised {type(error).__name__}: {error}",
-                    HopkitWarning,
-                    stacklevel=2,
-                )
+    def _listeners(self) -> set[str]:
+        return {impl.plugin for impl in self.plugins.impls("hopkit_op_defined")}
+
+    def _announce(self, ops: Iterable[AnyOp], *, but: Container[str] = ()) -> None:
+        """Tell plugins of ops. One that comes later hears of those that are there."""
+        for op in ops:
+            for impl in self.plugins.impls("hopkit_op_defined"):
+                if impl.plugin not in but:
+                    try:
+                        impl.ask(op=op.spec)
+                    except PluginError as error:  # the op is defined, whatever a listener thinks of it
+                        self._note(error)
 
     def undefine(self, op: AnyOp) -> None:
         """Take an op away; what it replaced is back.
@@ -124,10 +168,11 @@ class Kit:
                 why="undefining it would take away somebody else's op",
                 todo="Undefine the newer op first",
             )
-        del self.ops[op.spec.name]
-        if op.before is not None:
-            self.ops[op.spec.name] = op.before
         op.place.fill()
+        if op.before is None:
+            del self.ops[op.spec.name]
+        else:
+            self.ops[op.spec.name] = op.before
 
     def attach(self, op: AnyOp, mode: str, rule: Rule, device: str) -> None:
         """Attach an author's rule.
@@ -135,6 +180,8 @@ class Kit:
         Raises:
             PluginError: There is no such mode, it takes no rules, or the rule does not fit it.
         """
+        if mode not in {m.name for m in self.plugins.modes}:
+            self.load()  # an installed plugin may bring it
         known = {m.name: m for m in self.plugins.modes}
         if mode not in known or not known[mode].open:
             raise PluginError(
@@ -144,10 +191,11 @@ class Kit:
                 todo=f"Modes that take rules are {', '.join(n for n, m in known.items() if m.open)}",
             )
         check_rule(f"op '{op.spec.name}', rule for '{mode}'", op.spec, known[mode], rule, device)
-        author = [*op.author, Answer(mode, rule, Place.AUTHOR, cast("str", op.spec.body.__module__), device)]
-        table = resolve(op.spec, author, self.plugins, strict=False)
+        author = [*op.author, Answer(mode, rule, Place.AUTHOR, op.spec.body.__module__, device)]
+        table = resolve(op.spec, author, self.plugins, self._passing_over)
         op.author[:] = author
         op.install(table, self.plugins.modes)
+        self._tell()
 
     # -- plugins -----------------------------------------------------------------------------------------------------
 
@@ -159,30 +207,55 @@ class Kit:
             RuleConflictError: It claims a place that another plugin has.
         """
         self.load()
+        heard = self._listeners()
         chosen = self.plugins.register(plugin, name)
+
+        def complain(plugins: Sequence[str], error: PluginError) -> None:
+            if chosen in plugins:
+                raise error
+            self._passing_over(plugins, error)
+
         try:
-            self._follow(strict=True)
-        except HopkitError:
+            self._supplied(complain)
+            self._follow(complain)
+        except BaseException:
             self.plugins.unregister(chosen)
             raise
+        self._announce(self.ops.values(), but=heard)
+        self._tell()
         return chosen
 
     def unregister(self, plugin: object) -> None:
-        """Take a plugin away; every op follows."""
-        self.plugins.unregister(self.plugins.name_of(plugin))
-        self._follow(strict=False)
+        """Take a plugin away; every op follows.
 
-    def _follow(self, *, strict: bool) -> None:
+        Raises:
+            PluginError: See `Plugins.name_of`.
+        """
+        self.plugins.unregister(self.plugins.name_of(plugin))
+        self._follow()
+        self._tell()
+
+    def _follow(self, complain: Callable[[Sequence[str], PluginError], None] | None = None) -> None:
         tables: list[tuple[AnyOp, Table]] = [
-            (op, resolve(op.spec, op.author, self.plugins, strict=strict)) for op in self.ops.values()
+            (op, resolve(op.spec, op.author, self.plugins, complain or self._passing_over)) for op in self._every_op()
         ]
         for op, table in tables:
             op.install(table, self.plugins.modes)
 
+    def _every_op(self) -> Iterator[AnyOp]:
+        """Every op, newest first under one name: one that was replaced may still be called, and may come back."""
+        for newest in list(self.ops.values()):
+            op: AnyOp | None = newest
+            while op is not None:
+                yield op
+                op = op.before
+
     def infos(self) -> tuple[PluginInfo, ...]:
         """Every plugin."""
         self.load()
-        return self.plugins.infos()
+        infos = self.plugins.infos(self.supplied())
+        self._tell()
+        return infos
 
 
 _kit = Kit()

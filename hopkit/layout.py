@@ -128,6 +128,7 @@ class Layout:
         subgraphs: The variants of every subgraph, by parameter; a tuple of subgraphs has several entries.
         metas: What the inputs were when the op was recorded.
         outputs: Which leaves of the body's result the node returns.
+        leaves: How many there are.
         transforms: What was done to the body, innermost first: ``("vjp", wrt, given)``.
     """
 
@@ -135,6 +136,7 @@ class Layout:
     subgraphs: Mapping[str, tuple[tuple[Variant, ...], ...]]
     metas: tuple[Meta, ...]
     outputs: tuple[int, ...]
+    leaves: int
     transforms: tuple[tuple[object, ...], ...] = ()
 
     def dumps(self) -> str:
@@ -146,6 +148,7 @@ class Layout:
                 {name: tuple(tuple(map(_variant_out, v)) for v in many) for name, many in self.subgraphs.items()},
                 tuple(map(_meta_out, self.metas)),
                 self.outputs,
+                self.leaves,
                 self.transforms,
             )
         )
@@ -185,7 +188,11 @@ def loads(text: str) -> Layout:
     Raises:
         LayoutError: It is damaged, or was written by another version of hopkit.
     """
-    version, *rest = cast("tuple[object, ...]", codec.loads(text))
+    return codec.loads(text, _layout_in)
+
+
+def _layout_in(data: object) -> Layout:
+    version, *rest = cast("tuple[object, ...]", data)
     if version != VERSION:
         raise LayoutError(
             "hopkit=",
@@ -193,7 +200,7 @@ def loads(text: str) -> Layout:
             why="a node that is read wrongly would compute something else",
             todo="Record the graph again, or install the hopkit that made it",
         )
-    values, subgraphs, metas, outputs, transforms = rest
+    values, subgraphs, metas, outputs, leaves, transforms = rest
     return Layout(
         cast("dict[str, object]", values),
         {
@@ -202,6 +209,7 @@ def loads(text: str) -> Layout:
         },
         _metas_in(cast("tuple[object, ...]", metas)),
         cast("tuple[int, ...]", outputs),
+        cast("int", leaves),
         cast("tuple[tuple[object, ...], ...]", transforms),
     )
 

@@ -12,13 +12,14 @@ import torch
 from typing_extensions import ParamSpec, TypeVar
 
 from hopkit import binding, install, layout
-from hopkit._torch import keys, schema, state, trees
+from hopkit._torch import keys, schema, sizes, state, trees
 from hopkit._torch.autograd import needs_gradient, raise_in_backward
+from hopkit._torch.fakes import rehearsing
 from hopkit._torch.operator import Operator
 from hopkit._torch.operator import Place as TorchPlace
 from hopkit.call import Call
 from hopkit.errors import no_gradient
-from hopkit.record import Recorder, Unrecordable, plain_form
+from hopkit.record import Recorder, Unrecordable, plain_form, run_or_examples
 from hopkit.rule import Answer, Place, Table
 from hopkit.spec import Kind, OpSpec
 
@@ -35,6 +36,8 @@ F = TypeVar("F")
 
 Attach: TypeAlias = "Callable[[AnyOp, str, object, str], None]"
 AnyOp: TypeAlias = "Op[..., object]"
+
+compiling = torch.compiler.is_dynamo_compiling
 
 _vanished: contextvars.ContextVar[frozenset[str]] = contextvars.ContextVar("hopkit.decompose", default=frozenset())
 
@@ -63,6 +66,8 @@ class Op(Generic[P, R]):
         self.before: AnyOp | None = None
         self.place = TorchPlace(spec.name)
         self.operator = Operator(spec.name, self._enter_flat, self._run_flat, self._schema)
+        if spec.effectful:
+            torch.fx.node.has_side_effect(self.operator)
         self.author: list[Answer] = []
         self.table: Table = {}
         self._body = cast("Callable[..., R]", spec.body)
@@ -70,17 +75,24 @@ class Op(Generic[P, R]):
         self._load, self._attach = load, attach
         self._transparent = self._shortest = False
         self._derives = spec.autograd == "derive"
+        self._deferred_error = raise_in_backward(spec.name)
         self._asking: frozenset[type] = frozenset()
         self._eager = False
         functools.update_wrapper(self, spec.body)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        if compiling():  # Dynamo reads this code, and goes on to the body
+            return self._body(*args, **kwargs)
         if self._transparent and state.quiet() and binding.passes(self._checks, args, kwargs):
             try:
                 result = self._body(*args, **kwargs)
             except TypeError:
                 binding.bind(self.spec, args, kwargs)  # a call that does not fit gets the better message
                 raise
+            except RuntimeError as error:  # tensors without values, and no mode that says so
+                if self.spec.outputs is None or not sizes.data_dependent(error):
+                    raise
+                return cast("R", self._enter(args, kwargs))
             return result if self._derives else cast("R", self._defer(result))
         return cast("R", self._enter(args, kwargs))
 
@@ -133,7 +145,7 @@ class Op(Generic[P, R]):
         """Let these rules answer, in torch's tables and in plain eager."""
         self.table = table
         self.operator.install(install.kernels(self.spec.name, table, modes, self._decode))
-        written = {mode for mode, answers in table.items() if answers and answers[0].place is not Place.BUILTIN}
+        written = self._written = {mode for mode, answers in table.items() if answers and answers[0].place is not Place.BUILTIN}
         self._eager = bool(written & {"device", "autograd"})
         added = {mode.entry for mode in modes if mode.name in written and isinstance(mode.entry, type)}
         named = {"fake": keys.FAKE, "proxy": keys.PROXY, "functionalize": keys.FUNCTIONALIZE}
@@ -147,38 +159,43 @@ class Op(Generic[P, R]):
     # -- the way in, with the author's arguments ---------------------------------------------------------------------
 
     def _enter(self, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
-        if torch.compiler.is_dynamo_compiling():
-            return self._body(*args, **kwargs)
         if self._load is not None:
             self._load()
         values = binding.bind(self.spec, args, kwargs)
-        if self._asked([values[p.name] for p in self.spec.of_kind(Kind.OPERAND)]):
+        operands = [values[p.name] for p in self.spec.of_kind(Kind.OPERAND)]
+        if self._asked(operands):
             try:
                 return self._dispatch(values)
             except Unrecordable as reason:
                 reason.report(self.spec)
+        if rehearsing():
+            return self._in_place(lambda: run_or_examples(self.spec, values), (args, kwargs))
         return self._in_place(lambda: self._body(*args, **kwargs), (args, kwargs))
 
     def _asked(self, operands: Sequence[object]) -> bool:
         """Whether something active asks for the op whole; otherwise its body runs in place."""
-        if self.spec.name in _vanished.get():
+        if self.spec.name in _vanished.get() or (rehearsing() and keys.FAKE not in self._asking):
             return False
         if state.recording():
-            return not any(state.foreign(leaf) for leaf in trees.leaves(operands))
+            return not (state.overridden() or any(state.foreign(leaf) for leaf in trees.leaves(operands)))
         if state.transforming() or state.forward_mode():
             return False
         if self._eager or self._backends:
             return True
-        if any(type(mode) in self._asking or mode.supports_higher_order_operators for mode in state.dispatch_modes()):
+        if self.spec.outputs is not None and state.shapes_only(trees.leaves(operands)):
+            return True
+        if any(type(mode) in self._asking or state.takes_ops(mode) for mode in state.dispatch_modes()):
             return True
         return bool(self._subclasses) and any(isinstance(leaf, self._subclasses) for leaf in trees.leaves(operands))
 
     def _dispatch(self, values: Mapping[str, object]) -> object:
-        plain = plain_form(self.spec, values)
-        if plain is not None:
+        plain, recorder = plain_form(self.spec, values), Recorder(self.spec, values)
+        # A derivative written by hand sees the author's arguments, and so needs the layout.
+        if plain is not None and "autograd" not in self._written:
+            recorder.refuse_writes()
             graph, inputs, options = plain
             return self.operator.redispatch(graph, inputs, **options)
-        recording = Recorder(self.spec, values).record()
+        recording = recorder.record()
         keywords = {layout.KEYWORD: recording.layout.dumps()}
         outputs = self.operator.redispatch(*recording.graphs, recording.inputs, **recording.options, **keywords)
         return recording.restore(cast("Sequence[object]", outputs))
@@ -191,24 +208,26 @@ class Op(Generic[P, R]):
         return result if self._derives else self._defer(result)
 
     def _defer(self, result: object) -> object:
-        """For "deferred_error": what would have a gradient gets one that raises."""
-        if not torch.is_grad_enabled() or not needs_gradient(trees.quick_leaves(result)):
+        """For "deferred_error": what would have a gradient gets one that raises. Dynamo sees the body alone."""
+        if not torch.is_grad_enabled():
             return result
-        if state.transforming() or state.forward_mode():
+        if not needs_gradient(trees.quick_leaves(result)) or state.transforming() or state.forward_mode():
             return result
-        return raise_in_backward(f"Autograd not implemented for {self.spec.name}", result)
+        return self._deferred_error(result)
 
     # -- the way in, as a node of a graph ----------------------------------------------------------------------------
 
     def _enter_flat(self, *args: object, **kwargs: object) -> object:
         if self._load is not None:
             self._load()
-        if state.symbolic(args[-1]):
+        if args and state.symbolic(args[-1]):
             return self.operator.redispatch(*args, **kwargs)
+        if layout.KEYWORD not in kwargs:  # then these are the author's own arguments
+            return cast("AnyOp", self)(*args, **kwargs)
         call = self._decode(*args, **kwargs)
         if not (self._transparent and state.quiet()) and self._asked(call.inputs):
             return self.operator.redispatch(*args, **kwargs)
-        return self._in_place(call.run, call.inputs)
+        return self._in_place(call.like_body if rehearsing() else call.run, call.inputs)
 
     def _run_flat(self, *args: object, **kwargs: object) -> object:
         return self._decode(*args, **kwargs).run()

@@ -16,10 +16,12 @@ from typing import cast
 import torch
 
 from hopkit._torch import sizes, trees
+from hopkit._torch.autograd import needs_gradient, tied
 from hopkit._torch.fakes import Stage, same_storage
-from hopkit._torch.watch import Substitute, Watch
+from hopkit._torch.state import autocasting, functionalizing, is_tracked
+from hopkit._torch.watch import Same, Substitute, Watch, wiring
 from hopkit.codec import Slot
-from hopkit.errors import DataDependentError, HopkitWarning, PropertyError, SubgraphError
+from hopkit.errors import CaptureError, DataDependentError, HopkitWarning, PropertyError, SubgraphError
 from hopkit.layout import Layout, Meta, Slots, Variant, fill
 from hopkit.spec import Kind, OpSpec
 
@@ -28,14 +30,22 @@ MOST_SIGNATURES = 64
 
 
 class Unrecordable(Exception):
-    """The call cannot be one node of a graph; running the body in its place is right."""
+    """The call cannot be one node of a graph; running the body in its place is right.
 
-    def __init__(self, reason: str, property_: str = "") -> None:
+    Args:
+        reason: Why not.
+        property_: What to declare in `define`, if that would help.
+        declared: The op's author said that this would happen.
+    """
+
+    def __init__(self, reason: str, property_: str = "", *, declared: bool = False) -> None:
         super().__init__(reason)
-        self.reason, self.property = reason, property_
+        self.reason, self.property, self.declared = reason, property_, declared
 
     def report(self, spec: OpSpec) -> None:
-        """Warn that the call decomposes; under ``HOPKIT_STRICT=1`` raise instead."""
+        """Warn that the call decomposes; under ``HOPKIT_STRICT=1`` raise instead. What is declared is no news."""
+        if self.declared:
+            return
         todo = f"Declare `{self.property}` in define" if self.property else "Change the subgraph, or live with it"
         if os.environ.get("HOPKIT_STRICT", "0") not in ("", "0"):
             raise PropertyError(
@@ -68,10 +78,10 @@ class Graph:
     def __call__(self, *inputs: object) -> tuple[object, ...]:
         stand_ins = {_identity(old): new for old, new in zip(self.captured, inputs[self.slots :], strict=True)}
         args, kwargs = cast("tuple[tuple[object, ...], dict[str, object]]", fill(self.takes, inputs))
-        with Substitute(lambda value: stand_ins.get(_identity(value), value)):
+        with Substitute(lambda value: stand_ins.get(_identity(value), value)) as mode:
             result = self.function(*args, **kwargs)
         outputs = Slots(unique=False)
-        outputs.split(result)
+        outputs.split(mode.replaced(result))
         return tuple(outputs.inputs)
 
 
@@ -89,8 +99,7 @@ class Probe:
     def __call__(self, *args: object, **kwargs: object) -> object:
         slots = Slots(unique=False)
         takes = slots.split((args, kwargs))
-        with self._recorder.running(slots.inputs) as (used, steps):
-            result = self.function(*args, **kwargs)
+        result, used, steps = self._recorder.run(self.function, args, kwargs, slots.inputs)
         gives = Slots(unique=False).split(self._checked(result))
         self.calls = self._merged([*self.calls, _Seen(takes, tuple(slots.inputs), used, steps, gives)])
         return result
@@ -115,7 +124,7 @@ class Probe:
                     f"subgraph '{self.name}' of op '{self._recorder.spec.name}'",
                     f"returned a {type(leaf).__qualname__}: {leaf!r}",
                     why="what a subgraph returns becomes outputs of a graph",
-                    todo="Return a pytree (tuple, list, dict, named tuple, registered dataclass) of tensors and numbers",
+                    todo="Return a pytree (tuple, list, dict, named tuple, registered dataclass) of tensors or numbers",
                 )
         return result
 
@@ -125,7 +134,7 @@ class Probe:
         variants: list[Variant] = []
         for call in self._merged(self.calls):
             captured = tuple(self._recorder.inputs[i] for i in call.used)
-            key = (Same(self.function), repr(call.takes), len(call.used), tuple(call.steps))
+            key = (Same(self.function), repr(call.takes), len(call.used), call.steps)
             variants.append(Variant(first + len(graphs), call.takes, call.metas, tuple(call.used), call.gives))
             graphs.append(Graph(self.function, call.takes, len(call.inputs), captured, key))
         return graphs, tuple(variants)
@@ -138,7 +147,7 @@ class _Seen:
     takes: object
     inputs: tuple[object, ...]
     used: list[int]
-    steps: list[object]
+    steps: tuple[object, ...]
     gives: object
 
     @property
@@ -146,32 +155,7 @@ class _Seen:
         return tuple(map(Meta.of, self.inputs))
 
 
-_CARRIED = (
-    torch.Tensor,
-    torch.SymInt,
-    torch.SymFloat,
-    torch.SymBool,
-    int,
-    float,
-    bool,
-    complex,
-    str,
-    torch.dtype,
-    torch.device,
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class Same:
-    """Compares by identity, and keeps its object alive so that no other takes its id."""
-
-    value: object
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Same) and other.value is self.value
-
-    def __hash__(self) -> int:
-        return id(self.value)
+_CARRIED = (torch.Tensor, *sizes.SYMBOLIC, int, float, bool, complex)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,10 +193,13 @@ class Recorder:
         self._values.update({name: value for name, value in options.items() if name not in self._options})
         self.inputs = slots.inputs
         self._operands = len(self.inputs)
-        self._index = {_identity(value): i for i, value in enumerate(self.inputs)}
+        # An operand that a subgraph closes over is one more input: the graph takes both, and they may differ later.
+        self._index: dict[object, int] = {}
         self._stage = Stage(self.inputs)
+        self._only_inputs = functionalizing()
         self._fakes: list[object] = []
         self._watch = Watch()
+        self._inside: set[int] = set()  # the steps of subgraphs; the others are the body's own
         self._probes = {
             p.name: [Probe(self, name, f) for name, f in subgraphs(p.name, values[p.name])]
             for p in spec.of_kind(Kind.SUBGRAPH, Kind.SUBGRAPHS)
@@ -225,11 +212,34 @@ class Recorder:
             Unrecordable: The call cannot be one node.
             DataDependentError: The body decides on a value, and ``inputs=`` or ``outputs=`` is missing.
         """
+        with self._rehearsed() as result:
+            return self._close(result)
+
+    def refuse_writes(self) -> None:
+        """All that has to be known of a call whose graph is carried as it stands.
+
+        Raises:
+            Unrecordable: It writes to an input or to a tensor of the graph's own, or nobody can tell.
+        """
+        try:
+            with self._rehearsed():
+                self._refuse_writes()
+        except DataDependentError as error:
+            raise Unrecordable("what it writes to cannot be learnt without values") from error
+
+    @contextlib.contextmanager
+    def _rehearsed(self) -> Iterator[object]:
         with self._stage.open():
             self._fakes.extend(map(self._fake, self.inputs))
             with self._watch:
                 result = self._rehearse()
-            return self._close(result)
+            if self._watch.hidden:
+                raise Unrecordable("it uses a tensor that requires a gradient and is neither an operand nor a capture")
+            if autocasting() and any(
+                self._watch.casts(i) for i in range(len(self._watch.steps)) if i not in self._inside
+            ):
+                raise Unrecordable("autocast changes what the body itself computes")
+            yield result
 
     def _fake(self, value: object) -> object:
         return self._stage.fake(value) if isinstance(value, torch.Tensor) else value
@@ -240,14 +250,22 @@ class Recorder:
         for p in self.spec.of_kind(Kind.SUBGRAPH, Kind.SUBGRAPHS):
             probes = self._probes[p.name]
             values[p.name] = tuple(probes) if p.kind is Kind.SUBGRAPHS else probes[0]
-        args, kwargs = self.spec.arguments(values)
-        return run_or_examples(self.spec, args, kwargs, [p for many in self._probes.values() for p in many])
+        return run_or_examples(self.spec, values)
 
     # -- what a probe tells while its subgraph runs ------------------------------------------------------------------
 
-    @contextlib.contextmanager
-    def running(self, inputs: Sequence[object]) -> Iterator[tuple[list[int], list[object]]]:
-        """Inside, tensors from outside the subgraph are replaced by stand-ins; gives their numbers, and the steps."""
+    def run(
+        self,
+        function: Callable[..., object],
+        args: Sequence[object],
+        kwargs: Mapping[str, object],
+        inputs: Sequence[object],
+    ) -> tuple[object, list[int], tuple[object, ...]]:
+        """Call a subgraph, with stand-ins in place of what it takes from outside.
+
+        Returns:
+            Its result; the numbers of the outside values; its steps, equal where the same is done to other values.
+        """
         used: list[int] = []
         covered = sizes.symbols(inputs)
 
@@ -255,16 +273,33 @@ class Recorder:
             if isinstance(value, torch.Tensor):
                 if self._stage.owns(value):
                     return value
-            elif not sizes.symbols([value]) - covered:
+            elif not sizes.symbols([value]) - covered - self._watch.made:
                 return value
+            self._refuse_constant(function, value)
             index = self._capture(value)
             if index not in used:
                 used.append(index)
                 covered.update(sizes.symbols([self._fakes[index]]))
             return self._fakes[index]
 
+        first = len(self._watch.steps)
+        self._watch.made = set()
         with Substitute(replace) as mode:
-            yield used, mode.steps
+            result = mode.replaced(function(*args, **kwargs))
+        self._inside.update(range(first, len(self._watch.steps)))
+        flow = wiring(self._watch.steps[first:], [*inputs, *(self._fakes[i] for i in used)], trees.leaves(result))
+        return result, used, (*mode.steps, *flow)
+
+    def _refuse_constant(self, function: Callable[..., object], value: object) -> None:
+        """AOTAutograd differentiates by its own inputs: a parameter from elsewhere would lose its gradient."""
+        if self._only_inputs and needs_gradient([value]) and not is_tracked(value):
+            raise CaptureError(
+                f"op '{self.spec.name}'",
+                f"closes over '{variable_name(function, value)}', which requires a gradient and is no input of the "
+                "graph that AOTAutograd records",
+                why="its gradient would be lost without a word",
+                todo="Pass it as an argument of the function that is compiled, or detach it",
+            )
 
     def _capture(self, value: object) -> int:
         key = _identity(value)
@@ -303,28 +338,40 @@ class Recorder:
                 graphs.extend(new)
                 many.append(told)
             variants[name] = tuple(many)
-        layout = Layout(self._values, variants, tuple(map(Meta.of, self.inputs)), tuple(kept))
+        layout = Layout(self._values, variants, tuple(map(Meta.of, self.inputs)), tuple(kept), len(leaves))
         return Recording(tuple(graphs), tuple(self.inputs), self._options, layout, trees.unflatten(restored, tree))
 
     def _refuse_writes(self) -> None:
         for index, fake in enumerate(self._fakes):
             if isinstance(fake, torch.Tensor) and self._watch.wrote_to(fake):
-                raise Unrecordable(f"it writes to {self._name(index)}", f"mutates=({self._name(index)!r},)")
+                raise self._undeclared(index, f"it writes to {self._name(index)}", "mutates", self.spec.mutates)
 
     def _refuse_view(self, leaf: object, earlier: Sequence[object]) -> None:
         if not isinstance(leaf, torch.Tensor):
             return
         for index, fake in enumerate(self._fakes):
             if isinstance(fake, torch.Tensor) and same_storage(leaf, fake):
-                raise Unrecordable(f"an output is a view of {self._name(index)}", f"aliases=({self._name(index)!r},)")
+                raise self._undeclared(
+                    index, f"an output is a view of {self._name(index)}", "aliases", self.spec.aliases
+                )
         if any(isinstance(other, torch.Tensor) and same_storage(leaf, other) for other in earlier):
             raise Unrecordable("two outputs share memory")
 
-    def _name(self, index: int) -> str:
-        """What the author calls input number ``index``."""
+    def _undeclared(self, index: int, found: str, keyword: str, declared: Sequence[str]) -> Unrecordable:
+        name = self._parameter(index)
+        return Unrecordable(found, f'{keyword}=("{name}",)' if name else "", declared=name in declared)
+
+    def _parameter(self, index: int) -> str:
+        """The operand parameter that input number ``index`` belongs to, or "" for a capture."""
         for name, value in self._values.items():
             if any(isinstance(leaf, Slot) and leaf.index == index for leaf in trees.leaves(value)):
-                return f"operand '{name}'"
+                return name
+        return ""
+
+    def _name(self, index: int) -> str:
+        """What the author calls input number ``index``."""
+        if name := self._parameter(index):
+            return f"operand '{name}'"
         for probes in self._probes.values():
             for probe in probes:
                 if any(index in call.used for call in probe.calls):
@@ -367,19 +414,21 @@ def subgraphs(name: str, value: object) -> list[tuple[str, Callable[..., object]
     return [(name, cast("Callable[..., object]", value))]
 
 
-def run_or_examples(
-    spec: OpSpec, args: Sequence[object], kwargs: Mapping[str, object], probes: Sequence[Callable[..., object]]
-) -> object:
-    """The body's result on stand-ins; where ``inputs=`` is declared, the probes are called as it says."""
+def run_or_examples(spec: OpSpec, values: Mapping[str, object]) -> object:
+    """The body's result on stand-ins; where ``inputs=`` is declared, the subgraphs are called as it says."""
+    args, kwargs = spec.arguments(values)
     if spec.inputs is not None:
+        called = [f for p in spec.of_kind(Kind.SUBGRAPH, Kind.SUBGRAPHS) for _, f in subgraphs(p.name, values[p.name])]
         examples = cast("Sequence[Sequence[object]]", spec.inputs(*args, **kwargs))
-        for probe, example in zip(probes, examples, strict=True):
-            probe(*example)
+        results = [function(*example) for function, example in zip(called, examples, strict=True)]
         if spec.outputs is not None:
-            return spec.outputs(*args, **kwargs)
+            operands = [values[p.name] for p in spec.of_kind(Kind.OPERAND)]
+            return tied(spec.outputs(*args, **kwargs), trees.leaves([operands, results]))
     try:
         return spec.body(*args, **kwargs)
-    except sizes.DATA_DEPENDENT as error:
+    except Exception as error:
+        if not sizes.data_dependent(error):
+            raise
         raise DataDependentError(
             f"op '{spec.name}'",
             f"cannot be recorded: its body decides on a tensor's value ({str(error).splitlines()[0]})",

@@ -10,7 +10,7 @@ from typing import TypeAlias
 
 from hopkit.errors import RuleError
 
-Rule: TypeAlias = "Callable[..., object] | object"
+Rule: TypeAlias = Callable[..., object] | object
 """A function of the signature that its mode asks for, or (autograd) an object with ``forward`` and ``backward``."""
 
 

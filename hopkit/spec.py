@@ -6,9 +6,11 @@ import dataclasses
 import enum
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
 from typing_extensions import TypeVar
+
+from hopkit.errors import SpecError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
 Out = TypeVar("Out", covariant=True, default="Tensor")
 
 AutogradPolicy = Literal["derive", "deferred_error", "error"]
+_POLICIES = ", ".join(map(repr, get_args(AutogradPolicy)))
 
 
 class Subgraph(Protocol[Out]):
@@ -110,6 +113,43 @@ class OpSpec:
     random: bool = False
     outline: bool = False
     samples: Callable[[], Iterable[Sample]] | None = None
+
+    def __post_init__(self) -> None:
+        operands = [p.name for p in self.of_kind(Kind.OPERAND)]
+        for keyword, names in (("mutates", self.mutates), ("aliases", self.aliases)):
+            for name in names:
+                if name not in operands:
+                    raise self._wrong(f"{keyword}={names!r}", f"'{name}' is no operand", f"Name one of {operands}")
+        if self.autograd not in get_args(AutogradPolicy):
+            raise self._wrong(f"autograd={self.autograd!r}", "there is no such policy", f"Say one of {_POLICIES}")
+        for keyword, function in (("inputs", self.inputs), ("outputs", self.outputs)):
+            if function is not None:
+                try:
+                    self.check_signature(function)
+                except TypeError as error:
+                    todo = f"Give `{keyword}` the body's parameters, {self.shown()}"
+                    raise self._wrong(f"{keyword}=", f"it does not take the body's arguments: {error}", todo) from error
+
+    def _wrong(self, what: str, found: str, todo: str) -> SpecError:
+        why = "what is declared of an op steers every mode"
+        return SpecError(f"op '{self.name}'", f"was declared with `{what}`: {found}", why=why, todo=todo)
+
+    def check_signature(self, function: Callable[..., object]) -> None:
+        """Check that ``function`` can be called as the body is.
+
+        Raises:
+            TypeError: It takes other parameters, or the same in another order.
+        """
+        try:
+            signature = inspect.signature(function)
+        except ValueError:  # a builtin that has none
+            return
+        args, kwargs = self.arguments({p.name: () if p.variadic else None for p in self.parameters})
+        signature.bind(*args, **kwargs)
+        names = [p.name for p in self.parameters if p.passing is inspect.Parameter.POSITIONAL_OR_KEYWORD]
+        taken = [n for n, p in signature.parameters.items() if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
+        if taken[: len(names)] != names[: len(taken)]:
+            raise TypeError(f"it calls its parameters {taken}, and the body {names}")
 
     def __repr__(self) -> str:
         return f"OpSpec({self.name!r}, {self.shown()})"

@@ -9,7 +9,8 @@ import torch
 
 from hopkit._torch import trees
 from hopkit._torch.fakes import autograd_on
-from hopkit.errors import SignatureError
+from hopkit._torch.state import forward_mode, transforming
+from hopkit.errors import LayoutError, RuleError, SignatureError
 from hopkit.layout import Layout, Slots, Variant, fill
 from hopkit.spec import Kind, OpSpec
 
@@ -58,16 +59,24 @@ class Replayed:
         )
 
 
-def arguments(
+def values(
     spec: OpSpec,
     layout: Layout,
     graphs: Sequence[Callable[..., object]],
     inputs: Sequence[object],
     options: Mapping[str, object],
-) -> tuple[list[object], dict[str, object]]:
-    """The author's ``(args, kwargs)`` that a node in flat form stands for."""
+) -> dict[str, object]:
+    """The author's arguments, by parameter, that a node in flat form stands for."""
+    known = {*layout.values, *layout.subgraphs, *options}
+    if known != {p.name for p in spec.parameters}:
+        raise LayoutError(
+            f"a node of op '{spec.name}'",
+            f"was recorded with the parameters {', '.join(sorted(known))}, and the op now takes {spec.shown()}",
+            why="the op has changed since, and the node's arguments no longer fit it",
+            todo="Record the graph again",
+        )
     symbols = layout.symbols(inputs)
-    values: dict[str, object] = {name: fill(value, inputs) for name, value in layout.values.items()} | dict(options)
+    found: dict[str, object] = {name: fill(value, inputs) for name, value in layout.values.items()} | dict(options)
     for p in spec.of_kind(Kind.SUBGRAPH, Kind.SUBGRAPHS):
         many = layout.subgraphs[p.name]
         names = [f"{p.name}[{i}]" for i in range(len(many))] if p.kind is Kind.SUBGRAPHS else [p.name]
@@ -75,8 +84,8 @@ def arguments(
             Replayed(spec.name, name, variants, graphs, inputs, symbols)
             for name, variants in zip(names, many, strict=True)
         )
-        values[p.name] = replayed if p.kind is Kind.SUBGRAPHS else replayed[0]
-    return spec.arguments(values)
+        found[p.name] = replayed if p.kind is Kind.SUBGRAPHS else replayed[0]
+    return found
 
 
 def flat(
@@ -89,8 +98,15 @@ def flat(
     """The node's meaning: its body (or ``body``), under the transforms that the layout names."""
 
     def run(inputs: Sequence[object]) -> tuple[object, ...]:
-        args, kwargs = arguments(spec, layout, graphs, inputs, options)
+        args, kwargs = spec.arguments(values(spec, layout, graphs, inputs, options))
         leaves = trees.leaves((body or spec.body)(*args, **kwargs))
+        if len(leaves) != layout.leaves:
+            raise RuleError(
+                f"op '{spec.name}'",
+                f"gave a result of {len(leaves)} leaves where it was recorded with {layout.leaves}",
+                why="a node has a fixed number of outputs",
+                todo="Let every rule, and every branch of the body, give a result of the same structure",
+            )
         return tuple(leaves[i] for i in layout.outputs)
 
     result: Flat = run
@@ -108,6 +124,8 @@ def vjp(run: Flat, wrt: Sequence[int], given: Sequence[int]) -> Flat:
 
     def transformed(inputs: Sequence[object]) -> tuple[object, ...]:
         primals, gradients = list(inputs[: len(inputs) - len(given)]), inputs[len(inputs) - len(given) :]
+        if transforming() or forward_mode():
+            return _vjp_inside_transforms(run, primals, wrt, given, gradients)
         again = torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs)
         with torch.inference_mode(False), autograd_on(), torch.enable_grad():
             for i in wrt:
@@ -132,6 +150,18 @@ def vjp(run: Flat, wrt: Sequence[int], given: Sequence[int]) -> Flat:
         return results if again else tuple(result.detach() for result in results)
 
     return transformed
+
+
+def _vjp_inside_transforms(
+    run: Flat, primals: Sequence[object], wrt: Sequence[int], given: Sequence[int], gradients: Sequence[object]
+) -> tuple[object, ...]:
+    def chosen(*sources: object) -> tuple[object, ...]:
+        changed = dict(zip(wrt, sources, strict=True))
+        outputs = run([changed.get(i, primal) for i, primal in enumerate(primals)])
+        return tuple(outputs[i] for i in given)
+
+    _, pull, *_ = torch.func.vjp(chosen, *(primals[i] for i in wrt))
+    return cast("tuple[object, ...]", pull(tuple(gradients)))
 
 
 def _leaf(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,5 +1,10 @@
-"""The seam: the only folder that names private torch. One file per area, each name once, with what it is for.
+"""The seam: the only folder that names private torch. One file per area; its first line is the feature that needs them.
 
-Every name here was seen in torch 2.13.0 and 2.14.1. ``tests/canary`` asks a release for all of them and says which
-feature of hopkit a lost one takes with it.
+``tests/contract/test_canary.py`` asks the installed torch for every private name used here.
 """
+
+import torch
+
+from hopkit._torch.versions import check
+
+check(torch.__version__)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Protocol, cast
 
 import torch
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import FunctionCtx
 
 from hopkit._torch import trees
 
@@ -27,6 +28,14 @@ def differentiable(value: object) -> bool:
     return isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex())
 
 
+def tied(outputs: object, sources: Sequence[object]) -> object:
+    """``outputs``, stand-ins that were made from nothing, with gradients that reach all of ``sources``."""
+    if not needs_gradient(sources):
+        return outputs
+    link = torch.stack([s.abs().sum().cpu() for s in sources if isinstance(s, torch.Tensor) and s.requires_grad]).sum()
+    return trees.map_only(torch.Tensor, lambda t: t + link.to(t.device, t.dtype) if differentiable(t) else t, outputs)
+
+
 class Step(Protocol):
     """One differentiable step: what `apply` puts on the autograd tape."""
 
@@ -42,7 +51,8 @@ class Step(Protocol):
 class _Context(FunctionCtx):
     step: Step
     numbers: dict[int, object]
-    once: bool
+    kept: int
+    computed: bool
     saved_tensors: tuple[torch.Tensor, ...]
 
 
@@ -50,26 +60,51 @@ class _Tape(torch.autograd.Function):
     @staticmethod
     def forward(ctx: _Context, step: Step, *inputs: object) -> tuple[object, ...]:
         outputs, saved = step.forward(inputs)
-        ctx.step = step
-        ctx.numbers = {i: v for i, v in enumerate(saved) if not isinstance(v, torch.Tensor)}
+        known = {id(v) for v in (*inputs, *outputs)}
         tensors = [v for v in saved if isinstance(v, torch.Tensor)]
-        ctx.once = not {id(v) for v in tensors} <= {id(v) for v in (*inputs, *outputs)}
-        ctx.save_for_backward(*tensors)
+        ctx.step, ctx.kept = step, len(tensors)
+        ctx.numbers = {i: v for i, v in enumerate(saved) if not isinstance(v, torch.Tensor)}
+        ctx.computed = any(id(v) not in known and not isinstance(v, _NUMBERS) for v in saved)
+        ctx.save_for_backward(*tensors, *(_differentiated(inputs) if ctx.computed else ()))
         ctx.mark_non_differentiable(*(o for o in outputs if isinstance(o, torch.Tensor) and not differentiable(o)))
         ctx.set_materialize_grads(False)
         return outputs
 
     @staticmethod
     def backward(ctx: _Context, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        unpacked = ctx.saved_tensors  # once: checkpointing computes them when they are asked for
+        tensors = iter(unpacked[: ctx.kept])
+        saved = tuple(ctx.numbers[i] if i in ctx.numbers else next(tensors) for i in range(ctx.kept + len(ctx.numbers)))
+        if not (ctx.computed and torch.is_grad_enabled()):
+            return (None, *ctx.step.backward(saved, gradients))
         # What a rule computed and saved has no history: a second derivative through it would be wrong without a word.
-        return (once_differentiable(_backward) if ctx.once else _backward)(ctx, *gradients)
+        with torch.no_grad():
+            found = ctx.step.backward(saved, gradients)
+        inputs = unpacked[ctx.kept :]
+        return (None, *_Last.apply(len(found), *found, *inputs, *gradients))  # type: ignore[no-untyped-call] # torch's own
 
 
-def _backward(ctx: _Context, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-    tensors = iter(ctx.saved_tensors)
-    count = len(ctx.saved_tensors) + len(ctx.numbers)
-    saved = tuple(ctx.numbers[i] if i in ctx.numbers else next(tensors) for i in range(count))
-    return (None, *ctx.step.backward(saved, gradients))
+class _Last(torch.autograd.Function):
+    """Tensors that depend on others in a way that nobody can differentiate. (torch's ``once_differentiable`` leaves the
+    dependence out, so that a second derivative with another part is that part alone.)
+    """
+
+    @staticmethod
+    def forward(_: FunctionCtx, count: int, *values: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        return tuple(value if value is None else value.detach() for value in values[:count])
+
+    @staticmethod
+    def backward(*_: object) -> object:
+        raise RuntimeError(
+            "a hand-written backward cannot be differentiated: its forward saved what is neither an input nor an output"
+        )
+
+
+_NUMBERS = (bool, int, float, complex, torch.SymInt, torch.SymFloat, torch.SymBool)
+
+
+def _differentiated(values: Sequence[object]) -> list[torch.Tensor]:
+    return [value for value in values if isinstance(value, torch.Tensor) and value.requires_grad]
 
 
 def apply(step: Step, inputs: Sequence[object]) -> tuple[object, ...]:
@@ -77,15 +112,15 @@ def apply(step: Step, inputs: Sequence[object]) -> tuple[object, ...]:
     return cast("tuple[object, ...]", _Tape.apply(step, *inputs))  # type: ignore[no-untyped-call] # torch's own
 
 
-def raise_in_backward(message: str, outputs: object) -> object:
-    """``outputs``, with every floating-point tensor replaced by one whose backward raises ``message``.
+def raise_in_backward(op: str) -> Callable[[object], object]:
+    """A function of an op's outputs: it replaces every floating-point tensor by one whose backward raises.
 
-    As ``autograd_not_implemented`` with a deferred error does (torch/_higher_order_ops/utils.py).
+    As ``autograd_not_implemented`` with a deferred error does, in its words (torch/_higher_order_ops/utils.py).
     """
-    error = torch._C._functions.DelayedError(message, 1)
+    error = torch._C._functions.DelayedError(f"Autograd not implemented for {op}", 1)
 
     def mark(tensor: torch.Tensor) -> torch.Tensor:
         tensor = tensor.detach()
         return error(tensor.requires_grad_() if differentiable(tensor) else tensor)
 
-    return trees.map_only(torch.Tensor, mark, outputs)
+    return functools.partial(trees.map_tensors, mark)

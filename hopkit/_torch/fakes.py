@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+import contextvars
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
@@ -11,14 +12,14 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch._guards import detect_fake_mode
 from torch._higher_order_ops.utils import suspend_functionalization
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx.experimental.proxy_tensor import (
-    _temp_remove_metadata_torch_function_mode,
-    _temp_remove_pre_dispatch_torch_function_mode,
-)
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.overrides import _pop_mode, _push_mode
 from torch.utils._python_dispatch import _disable_current_modes, is_traceable_wrapper_subclass
 
+from hopkit._torch import sizes, trees
+
 FakeMode = FakeTensorMode
+
+_rehearsing: contextvars.ContextVar[bool] = contextvars.ContextVar("hopkit.rehearsing", default=False)
 
 
 class Stage:
@@ -29,7 +30,7 @@ class Stage:
 
     def __init__(self, inputs: Iterable[object]) -> None:
         outer = detect_fake_mode([unfunctional(t) for t in inputs if isinstance(t, torch.Tensor)])
-        self._shapes = (outer.shape_env if outer else None) or ShapeEnv()
+        self._shapes = (outer.shape_env if outer else None) or sizes.new_environment()
         self.mode = FakeTensorMode(shape_env=self._shapes, allow_non_fake_inputs=True)
 
     @contextlib.contextmanager
@@ -39,13 +40,18 @@ class Stage:
             suspend_functionalization(),
             temporarily_clear_interpreter_stack(),
             _disable_current_modes(),
-            _temp_remove_pre_dispatch_torch_function_mode(),
-            _temp_remove_metadata_torch_function_mode(),
+            _no_function_modes(),
             autograd_on(),
+            torch.enable_grad(),  # a subgraph may differentiate something itself, also below autograd
+            unhooked(),
             self._shapes.ignore_fresh_unbacked_symbols(),
             self.mode,
         ):
-            yield
+            token = _rehearsing.set(True)
+            try:
+                yield
+            finally:
+                _rehearsing.reset(token)
 
     def owns(self, tensor: torch.Tensor) -> bool:
         """Whether the tensor was made on this stage."""
@@ -62,6 +68,36 @@ class Stage:
         return stand_in(tensor, self.mode)
 
 
+def rehearsing() -> bool:
+    """Whether a body is being rehearsed."""
+    return _rehearsing.get()
+
+
+@contextlib.contextmanager
+def unhooked() -> Iterator[None]:
+    """Inside, what autograd saves is nobody else's business: checkpointing counts what is saved, and gives it back."""
+    hooks: list[tuple[Callable[..., object], Callable[..., object]]] = []
+    while (top := torch._C._autograd._top_saved_tensors_default_hooks(False)) is not None:
+        hooks.append(top)
+        torch._C._autograd._pop_saved_tensors_default_hooks()
+    try:
+        yield
+    finally:
+        for pack, unpack in reversed(hooks):
+            torch._C._autograd._push_saved_tensors_default_hooks(pack, unpack)
+
+
+@contextlib.contextmanager
+def _no_function_modes() -> Iterator[None]:
+    """Without the modes of tracers, and without those of a recording that this one is nested in."""
+    modes = [_pop_mode() for _ in range(torch._C._len_torch_function_stack())]
+    try:
+        yield
+    finally:
+        for mode in reversed(modes):
+            _push_mode(mode)
+
+
 def outside_modes() -> contextlib.AbstractContextManager[object]:
     """Inside, no dispatch mode is active."""
     return _disable_current_modes()
@@ -76,13 +112,24 @@ def unfunctional(tensor: torch.Tensor) -> torch.Tensor:
 
 def stand_in(tensor: torch.Tensor, mode: FakeTensorMode) -> torch.Tensor:
     """A fake of ``tensor`` in ``mode``."""
-    with torch._C.DisableTorchFunction(), torch.no_grad(), mode:
-        tensor = unfunctional(tensor)
+    with (
+        torch._C.DisableTorchFunction(),
+        temporarily_clear_interpreter_stack(),
+        _disable_current_modes(),
+        torch.no_grad(),
+        mode,
+    ):
+        wanted, tensor = tensor.requires_grad, unfunctional(tensor)
         if type(tensor) in (torch.Tensor, torch.nn.Parameter, FakeTensor) and tensor.layout is torch.strided:
             fake = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=tensor.device)
         else:
             fake = mode.from_tensor(tensor, static_shapes=True).detach()
-    return fake.requires_grad_(tensor.requires_grad)
+        return fake.requires_grad_(wanted)
+
+
+def is_stand_in(tensor: torch.Tensor) -> bool:
+    """Whether the tensor has no values."""
+    return isinstance(tensor, FakeTensor) or is_traceable_wrapper_subclass(tensor)
 
 
 def in_mode(value: object, mode: FakeTensorMode) -> object:
@@ -90,6 +137,17 @@ def in_mode(value: object, mode: FakeTensorMode) -> object:
     if not isinstance(value, torch.Tensor) or isinstance(value, FakeTensor) or is_traceable_wrapper_subclass(value):
         return value
     return mode.from_tensor(value, static_shapes=True)
+
+
+def run_in_mode(run: Callable[[], object], mode: FakeTensorMode) -> object:
+    """What ``run`` gives in ``mode``. Sizes that come up inside and are not returned are no outputs of an operator."""
+    pending = mode.shape_env.pending_fresh_unbacked_symbols if mode.shape_env else []
+    before = set(pending)
+    with mode:
+        result = run()
+    returned = sizes.symbols(trees.leaves(result))
+    pending[:] = [symbol for symbol in pending if symbol in before or symbol in returned]
+    return result
 
 
 @contextlib.contextmanager
@@ -111,4 +169,6 @@ _AUTOGRAD_KEYS = _autograd_keys()
 
 def same_storage(left: torch.Tensor, right: torch.Tensor) -> bool:
     """Whether two stand-ins share memory."""
+    if not torch._C._has_storage(left) or not torch._C._has_storage(right):  # sparse tensors hold tensors instead
+        return left is right
     return bool(left.untyped_storage()._cdata == right.untyped_storage()._cdata)

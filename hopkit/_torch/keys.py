@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import cast
 
 import torch
-from torch._C import DispatchKey
+from torch._C import DispatchKey as DispatchKey
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensorMode
 from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 
 AUTOGRAD = DispatchKey.Autograd
+META = DispatchKey.Meta
 FAKE = FakeTensorMode
 PROXY = ProxyTorchDispatchMode
 FUNCTIONALIZE = FunctionalTensorMode
@@ -19,12 +20,16 @@ FUNCTIONALIZE = FunctionalTensorMode
 EVERY_DEVICE = (DispatchKey.CompositeExplicitAutograd, DispatchKey.NestedTensorCPU, DispatchKey.NestedTensorCUDA)
 
 
-def of_device(device: str) -> DispatchKey:
-    """The key of a device type, such as "cuda".
+def is_device(device: object) -> bool:
+    """Whether torch knows a device type of this name."""
+    try:
+        return isinstance(device, str) and bool(torch._C._dispatch_key_for_device(device))
+    except RuntimeError:
+        return False
 
-    Raises:
-        RuntimeError: torch knows no such device type.
-    """
+
+def of_device(device: str) -> DispatchKey:
+    """The key of a device type, such as "cuda"."""
     return cast("DispatchKey", getattr(DispatchKey, torch._C._dispatch_key_for_device(device)))
 
 
@@ -35,6 +40,6 @@ def is_dispatch_mode(entry: object) -> bool:
 
 def is_entry(entry: object) -> bool:
     """Whether torch can look for a kernel under this."""
-    if isinstance(entry, type):
-        return issubclass(entry, (TorchDispatchMode, torch.Tensor))
-    return isinstance(entry, DispatchKey)
+    if isinstance(entry, type) and issubclass(entry, torch.Tensor):
+        return entry.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
+    return isinstance(entry, DispatchKey) or is_dispatch_mode(entry)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping
-from typing import cast
 
 import torch
 from torch._C import DispatchKey
@@ -12,12 +10,10 @@ from torch._C._functorch import TransformType
 from torch._ops import HigherOrderOperator, _higher_order_ops
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hopkit._torch import state, trees
+from hopkit._torch import dynamo, state, trees
 
 Kernel = Callable[..., object]
 Key = DispatchKey | TransformType | type[TorchDispatchMode] | type[torch.Tensor]
-
-_DYNAMO_TABLE = ("torch._dynamo.variables.higher_order_ops", "_hop_name_to_variable_class")
 
 
 class Operator(HigherOrderOperator):
@@ -52,7 +48,7 @@ class Operator(HigherOrderOperator):
 
     def _has_python(self, args: tuple[object, ...]) -> bool:
         for mode in state.dispatch_modes():
-            return type(mode) in self.python_key_table or bool(mode.supports_higher_order_operators)
+            return type(mode) in self.python_key_table or state.takes_ops(mode)
         kinds = {type(leaf) for leaf in trees.leaves(args) if isinstance(leaf, torch.Tensor)}
         return any(kind in self.python_key_table or kind is torch._subclasses.FakeTensor for kind in kinds)
 
@@ -80,25 +76,22 @@ class Place:
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._operator = _higher_order_ops.get(name)
-        self._variable = _dynamo_table().get(name)
+        self._before: HigherOrderOperator | None = _higher_order_ops.get(name)
 
     def fill(self, operator: Operator | None = None) -> None:
         """Make ``operator`` the one of this name; without one, put back what stood there."""
-        entry = operator or self._operator
+        entry = operator or self._before
         if entry is None:
             _higher_order_ops.pop(self._name, None)
         else:
-            _higher_order_ops[self._name] = cast("HigherOrderOperator", entry)
-        # torch.ops.higher_order keeps every attribute that was ever read.
-        vars(torch.ops.higher_order).pop(self._name, None)
-        table = _dynamo_table()
-        if operator is None and self._variable is not None:
-            table[self._name] = self._variable
+            _higher_order_ops[self._name] = entry
+        # torch.ops.higher_order keeps, and lists, every attribute that was ever read.
+        listed = torch.ops.higher_order._dir
+        if vars(torch.ops.higher_order).pop(self._name, None) is not None:
+            listed[:] = [name for name in listed if name != self._name]
+        if isinstance(self._before, Operator) or self._before is None:
+            return
+        if operator is None:
+            dynamo.restore(self._name)
         else:
-            table.pop(self._name, None)
-
-
-def _dynamo_table() -> dict[str, object]:
-    module, name = _DYNAMO_TABLE
-    return cast("dict[str, object]", getattr(sys.modules.get(module), name, {}))
+            dynamo.hide(self._name)

@@ -2,36 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch._C import DispatchKey
 from torch._C._functorch import TransformType
 from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
-from torch._subclasses.fake_tensor import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import (
     TorchDispatchMode,
     _get_current_dispatch_mode_stack,
     is_traceable_wrapper_subclass,
 )
+from torch.utils.flop_counter import _FlopCounterMode
 
 _stack_len = torch._C._len_torch_dispatch_stack
 _included = torch._C._dispatch_tls_is_dispatch_key_included
 _PRE_DISPATCH = DispatchKey.PreDispatch
 _profiler = torch.autograd.profiler
-_dynamo = torch.compiler.is_dynamo_compiling
 
 
 def quiet() -> bool:
     """Whether no dispatch mode, tracer or profiler is active. The fast path asks this and nothing else of torch.
 
     Transforms, forward AD, autocast, inference mode and torch-function modes see what the body does, as they would see
-    any code; they need no word from the op. Dynamo, which reads this code, goes on to the body.
+    any code; they need no word from the op.
     """
-    return _dynamo() or not (_stack_len() or _profiler._is_profiler_enabled or _included(_PRE_DISPATCH))
+    return not (_stack_len() or _profiler._is_profiler_enabled or _included(_PRE_DISPATCH))
 
 
 def profiling() -> bool:
@@ -49,6 +51,11 @@ def recording() -> bool:
     )
 
 
+def takes_ops(mode: TorchDispatchMode) -> bool:
+    """Whether a mode takes any operator whole. The one that counts flops says so too, and knows only torch's own."""
+    return bool(mode.supports_higher_order_operators) and not isinstance(mode, _FlopCounterMode)
+
+
 def dispatch_modes() -> Iterator[TorchDispatchMode]:
     """The active dispatch modes, innermost first."""
     return reversed(_get_current_dispatch_mode_stack())
@@ -63,6 +70,35 @@ def transforming() -> bool:
     """Whether a transform of torch.func is active, other than functionalize."""
     return any(
         interpreter.key() != TransformType.Functionalize for interpreter in retrieve_all_functorch_interpreters()
+    )
+
+
+def shapes_only(values: Iterable[object]) -> bool:
+    """Whether tensors have shapes here, and no values to decide on."""
+    modes = _get_current_dispatch_mode_stack()
+    return any(isinstance(m, FakeTensorMode) for m in modes) or any(isinstance(v, FakeTensor) for v in values)
+
+
+def functionalizing() -> bool:
+    """Whether AOTAutograd is at work, which wraps all of its inputs."""
+    return any(isinstance(mode, FunctionalTensorMode) for mode in _get_current_dispatch_mode_stack())
+
+
+def is_tracked(value: object) -> bool:
+    """Whether the tensor came in through a tracer, and is no constant to it."""
+    return isinstance(value, (FunctionalTensor, FakeTensor))
+
+
+def autocasting() -> bool:
+    """Whether autocast is on, for any device."""
+    return bool(torch._C._is_any_autocast_enabled())
+
+
+def overridden() -> bool:
+    """Whether a torch-function mode is active that wants to see the inside of an op: anybody's but a tracer's."""
+    return any(
+        isinstance(mode, DeviceContext) or not type(mode).__module__.startswith(("torch.", "hopkit."))
+        for mode in _get_current_function_mode_stack()
     )
 
 

@@ -31,8 +31,12 @@ class Tracer:
         known = _traced.setdefault(self._tracer, {})
         if key not in known:
             mode = self._fake_mode or fakes.Stage([]).mode
-            inputs = [fakes.stand_in(e, mode) if isinstance(e, torch.Tensor) else e for e in examples]
-            with contextlib.nullcontext() if self._fake_mode else mode, torch.no_grad():
+            inputs = [
+                fakes.stand_in(e, mode).requires_grad_(False) if isinstance(e, torch.Tensor) else e for e in examples
+            ]
+            # A subgraph may differentiate something itself, as torch.autograd.grad does.
+            inside = contextlib.nullcontext() if self._fake_mode else mode
+            with inside, fakes.autograd_on(), fakes.unhooked(), torch.enable_grad():
                 known[key] = self.register(name, reenter_make_fx(function)(*inputs))
         return cast("GraphModule", getattr(self._tracer.root, known[key]))
 

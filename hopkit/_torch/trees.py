@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import TypeVar, cast
+from typing import TypeGuard, TypeVar, cast
 
 import torch
 from torch.utils import _pytree as pytree
@@ -76,6 +76,15 @@ def quick_leaves(value: object) -> Sequence[object]:
     """As `leaves`, fast for a tensor and for a flat tuple of tensors."""
     if type(value) is torch.Tensor:
         return (value,)
-    if type(value) is tuple and all(type(v) is torch.Tensor for v in value):
-        return value
-    return leaves(value)
+    return value if _is_tuple_of_tensors(value) else leaves(value)
+
+
+def map_tensors(fn: Callable[[torch.Tensor], torch.Tensor], value: object) -> object:
+    """``value`` with ``fn`` applied to every tensor; fast for a tensor and for a flat tuple of tensors."""
+    if type(value) is torch.Tensor:
+        return fn(value)
+    return tuple(map(fn, value)) if _is_tuple_of_tensors(value) else map_only(torch.Tensor, fn, value)
+
+
+def _is_tuple_of_tensors(value: object) -> TypeGuard[tuple[torch.Tensor, ...]]:
+    return type(value) is tuple and all(type(v) is torch.Tensor for v in value)

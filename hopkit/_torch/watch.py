@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import cast
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hopkit._torch import trees
-from hopkit._torch.fakes import same_storage
+from hopkit._torch.fakes import is_stand_in, same_storage
+from hopkit._torch.sizes import SYMBOLIC, symbols
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class Same:
+    """Compares by identity, and keeps its object alive so that no other takes its id."""
+
+    value: object
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Same) and other.value is self.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
 
 
 class Substitute(TorchFunctionMode):
@@ -19,7 +36,12 @@ class Substitute(TorchFunctionMode):
     def __init__(self, replace: Callable[[object], object]) -> None:
         super().__init__()
         self.replace = replace
-        self.steps: list[object] = []
+        self.steps: list[tuple[object, ...]] = []
+
+    @property
+    def hooked(self) -> bool:
+        """Whether a hook was put on a gradient."""
+        return any(func is torch.Tensor.register_hook for func, *_ in self.steps)
 
     def __torch_function__(
         self,
@@ -28,15 +50,48 @@ class Substitute(TorchFunctionMode):
         args: tuple[object, ...] = (),
         kwargs: Mapping[str, object] | None = None,
     ) -> object:
-        leaves, tree = trees.flatten((args, dict(kwargs or {})))
-        self.steps.append((func, tuple(leaf for leaf in leaves if type(leaf) in _PLAIN)))
-        replaced = [self.replace(leaf) if isinstance(leaf, _REPLACED) else leaf for leaf in leaves]
-        args, named = cast("tuple[tuple[object, ...], dict[str, object]]", trees.unflatten(replaced, tree))
+        # `Watch` sees operators, and attributes are read by torch too, whenever it likes.
+        if not isinstance(func, torch._ops.OpOverload) and getattr(func, "__name__", "") != "__get__":
+            self.steps.append((func, *map(_constant, trees.leaves((args, dict(kwargs or {}))))))
+        args, named = self.replaced((args, dict(kwargs or {})))
         return func(*args, **named)
+
+    def replaced(self, value: T) -> T:
+        """A pytree with every value replaced that has a stand-in."""
+        return trees.map_leaves(self._leaf, value)
+
+    def _leaf(self, leaf: object) -> object:
+        if isinstance(leaf, _REPLACED):
+            return self.replace(leaf)
+        if isinstance(leaf, slice):  # no pytree, and yet it may hold sizes
+            return slice(*map(self._leaf, (leaf.start, leaf.stop, leaf.step)))
+        return leaf
 
 
 _REPLACED = (torch.Tensor, torch.SymInt, torch.SymFloat)
-_PLAIN = (int, float, bool, str, complex)
+_PLAIN = (int, float, bool, complex, str, slice, torch.dtype, torch.device, torch.layout, torch.memory_format)
+
+
+def _constant(leaf: object) -> object:
+    """What can be compared of an argument that is no tensor."""
+    if isinstance(leaf, torch.Tensor):
+        return None
+    return f"{type(leaf)} {leaf}" if leaf is None or isinstance(leaf, (*_PLAIN, *SYMBOLIC)) else Same(leaf)
+
+
+def wiring(
+    steps: Iterable[tuple[object, Sequence[object], Sequence[object]]],
+    inputs: Sequence[object],
+    outputs: Sequence[object],
+) -> list[object]:
+    """Which operator takes what from which, and what comes out: equal for what would be traced to the same graph."""
+    numbers = {id(value): number for number, value in reversed(list(enumerate(inputs)))}
+
+    def told(leaf: object) -> object:
+        return numbers.setdefault(id(leaf), len(numbers)) if isinstance(leaf, torch.Tensor) else _constant(leaf)
+
+    flow = [(func, *map(told, args), "->", *map(told, results)) for func, args, results in steps]
+    return [*flow, tuple(map(told, outputs))]
 
 
 class Watch(TorchDispatchMode):
@@ -49,6 +104,9 @@ class Watch(TorchDispatchMode):
         self.random = False
         self.opaque = ""
         self.written: list[torch.Tensor] = []
+        self.hidden = False
+        self.made: set[object] = set()
+        self.steps: list[tuple[object, Sequence[object], Sequence[object]]] = []
 
     def __torch_dispatch__(
         self,
@@ -61,20 +119,48 @@ class Watch(TorchDispatchMode):
             self.opaque = "a part of it runs without gradients"
         if isinstance(func, torch._ops.OpOverload):
             self.random |= torch.Tag.nondeterministic_seeded in func.tags
-            if func._schema.is_mutable:
+            if func._schema.is_mutable or func in _WRITE_STATISTICS:
                 self.written.extend(_writes(func, args, kwargs or {}))
-        return func(*args, **(kwargs or {}))
+        leaves = trees.leaves((args, kwargs))
+        # Code that is no Python, such as a scripted module's, uses its tensors where nothing can replace them.
+        self.hidden |= any(isinstance(t, torch.Tensor) and t.requires_grad and not is_stand_in(t) for t in leaves)
+        result = func(*args, **(kwargs or {}))
+        # What gives no tensor asks for a device or a size, and torch asks only where it has not asked before.
+        results = trees.leaves(result)
+        self.made |= symbols(results)
+        if any(isinstance(leaf, torch.Tensor) for leaf in results):
+            self.steps.append((func, leaves, results))
+        return result
+
+    def casts(self, step: int) -> bool:
+        """Whether step number ``step`` changes a tensor's dtype."""
+        return self.steps[step][0] is torch.ops.aten._to_copy.default
 
     def wrote_to(self, tensor: torch.Tensor) -> bool:
         """Whether something inside wrote to the memory of ``tensor``."""
         return any(same_storage(tensor, w) for w in self.written)
 
 
+# make_fx of 2.14 writes them as aliases, which have a gradient.
+_DETACH = (torch.ops.aten.detach.default, torch.ops.aten.detach_.default)
+
+_WRITE_STATISTICS = (
+    torch.ops.aten.native_batch_norm.default,
+    torch.ops.aten.cudnn_batch_norm.default,
+    torch.ops.aten.miopen_batch_norm.default,
+)
+"""Operators whose schemas do not say that they write to their statistics in training."""
+
+_TRAINING = 5  # the position of their argument of this name
+
+
 def _writes(
     func: torch._ops.OpOverload, args: Sequence[object], kwargs: Mapping[str, object]
 ) -> Iterator[torch.Tensor]:
+    training = func in _WRITE_STATISTICS and (args[_TRAINING] if len(args) > _TRAINING else kwargs["training"])
+    unsaid = ("running_mean", "running_var") if training else ()
     for position, argument in enumerate(func._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
+        if argument.name in unsaid or (argument.alias_info is not None and argument.alias_info.is_write):
             value = args[position] if position < len(args) else kwargs.get(argument.name)
             yield from (t for t in trees.leaves(value) if isinstance(t, torch.Tensor))
 
@@ -92,3 +178,16 @@ def custom_backward(outputs: Sequence[object]) -> str:
         seen.add(node)
         pending.extend(following for following, _ in node.next_functions)
     return ""
+
+
+def sources(output: object, leaves: Sequence[object]) -> tuple[int, ...]:
+    """The numbers of the leaves that ``output`` has a gradient for."""
+    pending = [output.grad_fn] if isinstance(output, torch.Tensor) else []
+    seen: set[object] = set()
+    while pending:
+        node = pending.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            pending.extend(following for following, _ in node.next_functions)
+    reached = {id(node.variable) for node in seen if hasattr(node, "variable")}
+    return tuple(i for i, leaf in enumerate(leaves) if id(leaf) in reached)

@@ -4,7 +4,7 @@ the rule runs; `below_autograd` turns it off."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from typing_extensions import ParamSpec
@@ -47,12 +47,13 @@ class AutogradRule(Protocol):
 class Vjp(Protocol[P, R]):
     """A derivative written by hand: a class with two static methods, or any object with two such functions.
 
-    A subgraph among the arguments has ``captures``: the tensors it closes over. Their gradients follow those of the
-    operands.
+    ``forward`` has the body's parameters and gives ``(out, saved)``, where ``saved`` is any pytree. ``backward`` takes
+    ``saved`` and the gradient (or None) of every tensor in ``out``. It gives one gradient per operand tensor, in order;
+    then, if any is asked for, one per captured tensor: a subgraph among the arguments has them as ``captures``.
     """
 
     def forward(self, *args: P.args, **kwargs: P.kwargs) -> tuple[R, object]:
-        """``(out, saved)``; ``saved`` is any pytree."""
+        """``forward(*args, **kwargs) -> (out, saved)``."""
 
-    def backward(self, saved: object, *gradients: torch.Tensor | None) -> Sequence[torch.Tensor | None]:
-        """One gradient per operand tensor, in order; then, if any is asked for, one per captured tensor."""
+    def backward(self, *args: Any, **kwargs: Any) -> Sequence[torch.Tensor | None]:
+        """``backward(saved, *gradients) -> gradients``."""

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-from hopkit.extend import Call, OpSpec, Rule, hookimpl
+from hopkit.extend import AutogradError, Call, OpSpec, Rule, hookimpl
 from hopkit.extend.autograd import (
     apply,
     below_autograd,
@@ -35,11 +35,26 @@ def derive(call: Call) -> object:
         return call.run()
     if not needs_gradient(call.inputs):
         return below(call)
-    if call.layout is None or call.rehearsal.random or call.rehearsal.opaque:
-        # vjp would draw other random numbers, or miss a backward that the recorded graph cannot show: autograd sees
-        # the body instead.
-        return call.run()
+    hidden = "" if call.layout is None else unseen(call)
+    if hidden and (call.op.outputs is not None or call.op.effectful):
+        raise AutogradError(
+            f"op '{call.op.name}'",
+            f"cannot be recorded for training: {hidden}",
+            why="backward would run the body again, and its body cannot be recorded in its place",
+            todo='Write its derivative (`@op.rule("autograd")`), or record it under torch.no_grad()',
+        )
+    if hidden or call.layout is None:
+        return call.run()  # autograd sees the body instead
     return apply(Derived(call), call.inputs)
+
+
+def unseen(call: Call) -> str:
+    """Why running the body again in backward would give something else, or ""."""
+    if call.op.effectful:
+        return "it has an effect"
+    if call.op.random or call.rehearsal.random:
+        return "it draws random numbers"
+    return call.rehearsal.opaque
 
 
 class Derived:
@@ -58,11 +73,15 @@ class Derived:
         self, saved: tuple[object, ...], gradients: tuple[torch.Tensor | None, ...]
     ) -> Sequence[torch.Tensor | None]:
         """The op under vjp, called with the saved inputs and the gradients that there are."""
-        wrt = [i for i, value in enumerate(self._call.inputs) if needs(value)]
         given = [i for i, gradient in enumerate(gradients) if gradient is not None]
+        sources = self._call.rehearsal.sources
+        reached = range(len(saved)) if sources is None else {source for i in given for source in sources[i]}
+        wrt = [i for i, value in enumerate(self._call.inputs) if needs(value) and i in reached]
+        results: list[torch.Tensor | None] = [None] * len(saved)
+        if not wrt:
+            return results
         found = self._call.replace(inputs=saved).vjp(wrt, given, [gradients[i] for i in given])()
         assert isinstance(found, tuple)
-        results: list[torch.Tensor | None] = [None] * len(saved)
         for i, gradient in zip(wrt, found, strict=True):
             results[i] = gradient
         return results
@@ -84,7 +103,7 @@ def deferred_error(call: Call) -> object:
     if forward_mode():
         return call.run()
     outputs = below(call)
-    return raise_in_backward(message(call), outputs) if needs_gradient(call.inputs) else outputs
+    return raise_in_backward(call.op.name)(outputs) if needs_gradient(call.inputs) else outputs
 
 
 def error(call: Call) -> object:
@@ -92,8 +111,3 @@ def error(call: Call) -> object:
     if not needs_gradient(call.inputs):
         return below(call)
     raise no_gradient(call.op.name)
-
-
-def message(call: Call) -> str:
-    """What backward raises, in torch's words."""
-    return f"Autograd not implemented for {call.op.name}"

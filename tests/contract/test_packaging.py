@@ -62,7 +62,7 @@ def test_the_licence_is_named_and_there(project: dict[str, Any]) -> None:
     ("group", "name", "value"),
     [
         ("hopkit", "constgraph", "hopkit_constgraph"),
-        ("pytest11", "hopkit", "hopkit.testing.pytest_plugin"),
+        ("pytest11", "hopkit", "pytest_hopkit"),
         ("console_scripts", "hopkit", "hopkit.cli:main"),
     ],
 )
@@ -102,4 +102,4 @@ def test_ci_runs_the_suite_on_the_releases_that_the_readme_names() -> None:
     (compat,) = re.findall(r"^\.ci/compat (\S+)$", CI, flags=re.MULTILINE)
     (pin,) = set(re.findall(r"torch==([\d.]+)", README))
     assert f".ci/compat {compat}" in README
-    assert re.search(rf"tested, {re.escape(pin)}\s+and\s+{re.escape(compat)}\b", README)
+    assert re.search(rf"tested,\s+{re.escape(pin)}\s+and\s+{re.escape(compat)}\b", README)

@@ -1,0 +1,7 @@
+"""``python -m hopkit``."""
+
+import sys
+
+from hopkit.cli import main
+
+sys.exit(main())

@@ -1,0 +1,185 @@
+"""Samples from real models: what a model computes from its weights alone, and would compute once if it were folded.
+
+torch.export loads torch's compiler, so nothing here runs before somebody asks for a sample.
+"""
+
+from __future__ import annotations
+
+import operator
+import os
+import warnings
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
+from torch.fx import Graph, GraphModule, Node
+from torch.nn.utils.parametrizations import weight_norm
+
+import hopkit
+
+OPERATOR = type(torch.ops.aten.add.Tensor)
+"""The type of torch's operators, which has no public name."""
+
+SPLIT = (torch.ops.aten._weight_norm.default, torch.ops.aten._weight_norm_interface.default)
+"""Operators of torch that are taken apart: they can be neither batched nor differentiated forward, their parts can."""
+
+
+class LowRank(torch.nn.Module):
+    """A linear layer with a low-rank update (LoRA), merged where it is used."""
+
+    def __init__(self, size: int, rank: int, alpha: float) -> None:
+        super().__init__()
+        self.base = torch.nn.Linear(size, size)
+        self.down = torch.nn.Linear(size, rank, bias=False)
+        self.up = torch.nn.Linear(rank, size, bias=False)
+        self.scale = alpha / rank
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The layer with the update added to its weight."""
+        weight = self.base.weight + self.scale * (self.up.weight @ self.down.weight)
+        return torch.nn.functional.linear(x, weight, self.base.bias)
+
+
+class Normalised(torch.nn.Module):
+    """A convolution into whose weights the statistics of a batch norm are folded."""
+
+    def __init__(self, channels: int, features: int) -> None:
+        super().__init__()
+        self.conv = torch.nn.Conv2d(channels, features, kernel_size=3)
+        self.norm = torch.nn.BatchNorm2d(features)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The convolution, with the norm's scale and shift in its weights."""
+        conv, norm = self.conv, self.norm
+        assert conv.bias is not None
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
+        weight = conv.weight * scale.reshape(-1, 1, 1, 1)
+        bias = (conv.bias - norm.running_mean) * scale + norm.bias
+        return torch.nn.functional.conv2d(x, weight, bias)
+
+
+def samples() -> Iterable[hopkit.Sample]:
+    """The weight-only parts of three models, the same in every process."""
+    layer = torch.nn.TransformerEncoderLayer(d_model=8, nhead=2, dim_feedforward=16, dropout=0.0, batch_first=True)
+    for linear in (layer.self_attn.out_proj, layer.linear1, layer.linear2):
+        weight_norm(linear)
+    models: Mapping[str, tuple[torch.nn.Module, torch.Tensor]] = {
+        "weight-normalised transformer encoder layer": (layer, torch.zeros(2, 4, 8)),
+        "batch norm folded into a convolution": (Normalised(3, 4), torch.zeros(1, 3, 8, 8)),
+        "LoRA merge": (LowRank(8, rank=2, alpha=4.0), torch.zeros(2, 8)),
+    }
+    for name, (model, example) in models.items():
+        yield constant_part(torch.export.export(settle(model), (example,)), name)
+
+
+def settle(model: torch.nn.Module) -> torch.nn.Module:
+    """``model`` with weights and statistics that do not depend on the process's random state."""
+    generator = torch.Generator().manual_seed(0)
+    for value in model.state_dict().values():
+        if value.is_floating_point():
+            value.copy_(torch.rand(value.shape, generator=generator) + 0.5)
+    return model
+
+
+def sample_from_program(path: str | os.PathLike[str]) -> hopkit.Sample:
+    """The constant part of an exported program in a file.
+
+    Args:
+        path: What ``torch.export.save`` wrote, usually ``*.pt2``.
+
+    Returns:
+        See `constant_part`.
+
+    Raises:
+        HopkitError: Nothing in the program depends on its weights alone.
+    """
+    return constant_part(torch.export.load(path), os.path.basename(path))
+
+
+def constant_part(program: ExportedProgram, name: str = "program") -> hopkit.Sample:
+    """All that ``program`` computes from parameters, buffers and constants alone, as a call of `run_const_graph`.
+
+    What draws random numbers, what is no operator of torch, and what starts from a buffer that the program updates is
+    no part of it.
+
+    Args:
+        program: An exported program.
+        name: What the sample is called.
+
+    Returns:
+        A graph of the weights that gives every value which the rest of the program uses, and the weights.
+
+    Raises:
+        HopkitError: There is no such part.
+    """
+    known = torch.export.default_decompositions()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch's own: it copies a tree whose class it has deprecated
+        # A table, though nearly empty, is what makes the program functional: a value is the same wherever it is used.
+        program = program.run_decompositions({op: known[op] for op in SPLIT})
+    weights = _weights(program)
+    constant = set(weights)
+    for node in program.graph.nodes:
+        if _is_pure(node) and constant.issuperset(node.all_input_nodes):
+            constant.add(node)
+    results = [n for n in program.graph.nodes if n in constant and n not in weights and _is_used(n, constant)]
+    if not results:
+        raise hopkit.HopkitError(
+            f"exported program '{name}'",
+            "has no constant part",
+            why="nothing in it is computed from parameters, buffers and constants alone",
+            todo="Export a model that computes a weight from others: a weight norm, a LoRA merge, a folded norm",
+        )
+    graph = Graph()
+    copies: dict[Node, Node] = {}
+    for node in _with_ancestors(results):
+        if node in weights:
+            copies[node] = graph.placeholder(node.name)
+        else:
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+            copies[node].meta.clear()  # it holds stand-ins of the export's own
+    graph.output(tuple(copies[node] for node in results))
+    used = tuple(weights[node].detach() for node in copies if node in weights)
+    return hopkit.Sample((GraphModule({}, graph), used), name=name)
+
+
+def _weights(program: ExportedProgram) -> dict[Node, torch.Tensor]:
+    """The placeholders that stand for a tensor which no run of the program changes."""
+    kinds = {InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR}
+    updated = set(program.graph_signature.buffers_to_mutate.values())
+    targets = {
+        spec.arg.name: spec.target
+        for spec in program.graph_signature.input_specs
+        if spec.kind in kinds and spec.target not in updated
+    }
+    values = {**program.state_dict, **program.constants}
+    return {
+        node: values[targets[node.name]] for node in program.graph.find_nodes(op="placeholder") if node.name in targets
+    }
+
+
+def _is_pure(node: Node) -> bool:
+    """Whether the node gives the same for the same arguments, and does nothing else."""
+    if isinstance(node.target, OPERATOR):
+        return torch.Tag.nondeterministic_seeded not in node.target.tags and "empty" not in node.target.name()
+    return node.target is operator.getitem
+
+
+def _is_used(node: Node, constant: set[Node]) -> bool:
+    """Whether this is a tensor that the rest of the program uses."""
+    return isinstance(node.meta.get("val"), torch.Tensor) and not constant.issuperset(node.users)
+
+
+def _with_ancestors(nodes: Iterable[Node]) -> list[Node]:
+    """These nodes and all that they are computed from, in the order of their graph."""
+    found: set[Node] = set()
+    pending = list(nodes)
+    while pending:
+        node = pending.pop()
+        if node not in found:
+            found.add(node)
+            pending.extend(node.all_input_nodes)
+    return sorted(found)

@@ -1,0 +1,37 @@
+"""Every sample op in every mode, held against its body in plain eager PyTorch."""
+
+from __future__ import annotations
+
+import pytest
+
+from hopkit.testing import check
+from hopkit.testing.cells import COLUMNS
+from tests.samples import OPS
+
+ONE_DTYPE = "no sample of this op has complex operands"
+DECIDES = "the body decides on a value, which tensors have not got here; torch refuses the body alone as well"
+
+EMPTY = {
+    **{(op, "conj"): ONE_DTYPE for op in OPS if op != "region"},
+    **{(op, mode): DECIDES for op in ("branch", "loop") for mode in ("meta", "compiled", "compiled_grad", "vmap")},
+    ("trees", "vmap"): "vmap returns tensors alone, and the result holds None",
+}
+"""The cells in which nothing can be compared, and why."""
+
+REFUSED = {
+    (op, "captures", mode): "AOTAutograd would lose the gradient of a captured parameter"
+    for op in ("branch", "loop")
+    for mode in ("aot", "aot_grad")
+}
+"""The samples that hopkit refuses, and why."""
+
+
+@pytest.mark.parametrize("mode", COLUMNS)
+@pytest.mark.parametrize("op", OPS)
+def test_an_op_is_what_its_body_is(op: str, mode: str) -> None:
+    report = check(OPS[op], modes=[mode])
+    assert {cell.sample for cell in report.cells if cell.verdict == "refused"} == {
+        sample for name, sample, column in REFUSED if (name, column) == (op, mode)
+    }, report
+    assert not [cell for cell in report.cells if not cell.ok], report
+    assert any(cell.verdict == "right" for cell in report.cells) != ((op, mode) in EMPTY), report

@@ -1,0 +1,203 @@
+"""The command line: what it prints, and its exit status."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import hopkit
+from hopkit import Sample, Subgraph
+from hopkit.cli import main
+from hopkit.extend import OpSpec, hookimpl
+from hopkit.kit import Kit
+
+Capture = pytest.CaptureFixture[str]
+
+X = torch.linspace(-1.0, 1.0, 4)
+
+
+class Terminal(io.StringIO):
+    """A stream that says it is one."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture(autouse=True)
+def host(hopkit_fresh: Kit) -> Kit:
+    @hopkit.define("demo_once", samples=lambda: [Sample((torch.sin, X), name="sin")])
+    def once(body: Subgraph, x: torch.Tensor) -> torch.Tensor:
+        return body(x)
+
+    @hopkit.define("demo_wrong", samples=lambda: [Sample((torch.sin, X), name="sin")])
+    def wrong(body: Subgraph, x: torch.Tensor) -> torch.Tensor:
+        return body(x)
+
+    @wrong.rule("device")
+    def kernel(body: Subgraph, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    return hopkit_fresh
+
+
+def test_the_module_is_the_command() -> None:
+    command = [sys.executable, "-m", "hopkit", "ops", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "constgraph_run" in [row["op"] for row in json.loads(done.stdout)]
+
+
+@pytest.mark.parametrize("argv", [[], ["frobnicate"], ["check"], ["explain", "demo_once", "--mode", "fake"]])
+def test_a_command_that_makes_no_sense_ends_with_2(argv: list[str], capsys: Capture) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(argv)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith("usage: hopkit")
+
+
+# plugins, ops, explain
+
+
+def test_plugins_are_listed(capsys: Capture) -> None:
+    assert main(["plugins"]) == 0
+    header, first, *_ = capsys.readouterr().out.splitlines()
+    assert header.split() == ["plugin", "distribution", "version", "state", "answers"]
+    assert first.split() == ["hopkit.rules.autograd", "hopkit", hopkit.__version__, "loaded", "hopkit_autograd_rule"]
+
+
+def test_a_plugin_that_failed_is_listed_and_the_status_says_so(tmp_path: Path) -> None:
+    info = tmp_path / "broken-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 1\n", encoding="utf-8")
+    (info / "entry_points.txt").write_text("[hopkit]\nbroken = there_is_no_such_module\n", encoding="utf-8")
+    command = [sys.executable, "-m", "hopkit", "plugins", "--json"]
+    path = os.pathsep.join([str(tmp_path), str(Path(hopkit.__file__).parents[1])])
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})
+    assert done.returncode == 1
+    (broken,) = [info for info in json.loads(done.stdout) if info["name"] == "broken"]
+    assert "there_is_no_such_module" in broken["error"]
+
+
+def test_ops_are_listed(capsys: Capture) -> None:
+    assert main(["ops", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)[0] == {
+        "op": "demo_once",
+        "function": "tests.test_cli.host.<locals>.once",
+        "plugin": "",
+        "signature": "(body: Subgraph, x: Tensor)",
+    }
+
+
+def test_an_op_is_explained(capsys: Capture) -> None:
+    assert main(["explain", "wrong"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("demo_wrong(body: Subgraph, x: Tensor)\n")
+    assert "hand-written  author" in out
+
+
+def test_an_explanation_as_json(capsys: Capture) -> None:
+    assert main(["explain", "demo_wrong", "--json"]) == 0
+    rows = {row["mode"]: row for row in json.loads(capsys.readouterr().out)["rows"]}
+    assert (rows["device"]["kind"], rows["device"]["plugin"]) == ("hand-written", "author")
+
+
+@pytest.mark.parametrize("command", ["explain", "check"])
+def test_an_unknown_op_ends_with_2_and_a_suggestion(command: str, capsys: Capture) -> None:
+    assert main([command, "demo_onec"]) == 2
+    assert "Did you mean 'demo_once'" in capsys.readouterr().err
+
+
+# check
+
+
+def test_a_right_op_ends_with_0(capsys: Capture) -> None:
+    assert main(["check", "demo_once", "--mode", "eager", "--mode", "fake"]) == 0
+    header, eager, fake, _, summary = capsys.readouterr().out.splitlines()
+    assert header.split() == ["mode", "sample", "verdict", "error", "time", "note"]
+    assert eager.split()[:3] == ["eager", "sin", "right"]
+    assert fake.split()[:3] == ["fake", "sin", "right"]
+    assert summary == "2 right"
+
+
+def test_a_wrong_op_ends_with_1(capsys: Capture) -> None:
+    assert main(["check", "demo_wrong", "--mode", "eager", "--json"]) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert not report["ok"]
+    assert report["cells"][0]["verdict"] == "wrong"
+
+
+def test_an_unknown_mode_ends_with_2(capsys: Capture) -> None:
+    assert main(["check", "demo_once", "--mode", "fakes"]) == 2
+    assert "there is no mode 'fakes', did you mean 'fake'?" in capsys.readouterr().err
+
+
+def test_progress_goes_to_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    told = Terminal()
+    monkeypatch.setattr(sys, "stderr", told)
+    main(["check", "demo_once", "--mode", "eager", "--json"])
+    assert "[0/1] eager-sin" in told.getvalue()
+    assert json.loads(capsys.readouterr().out)["ok"]
+
+
+def test_no_progress_elsewhere(capsys: Capture) -> None:
+    main(["check", "demo_once", "--mode", "eager"])
+    assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("no_color", "coloured"), [("", True), ("1", False)])
+def test_colour_is_for_terminals(no_color: str, coloured: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = Terminal()
+    monkeypatch.setattr(sys, "stdout", shown)
+    monkeypatch.setenv("NO_COLOR", no_color)
+    main(["check", "demo_once", "--mode", "eager"])
+    assert ("\x1b[32mright" in shown.getvalue()) is coloured
+
+
+def test_no_colour_elsewhere(capsys: Capture) -> None:
+    main(["check", "demo_wrong", "--mode", "eager"])
+    assert "\x1b" not in capsys.readouterr().out
+
+
+# check --program
+
+
+class FromProgram:
+    """A plugin that makes a sample from the first weight of a program."""
+
+    @hookimpl(op="demo_once")
+    def hopkit_samples_from_program(self, op: OpSpec, program: torch.export.ExportedProgram) -> list[Sample]:
+        return [Sample((torch.sin, next(iter(program.state_dict.values())).detach()), name="from the file")]
+
+
+@pytest.fixture
+def program(tmp_path: Path) -> str:
+    path = str(tmp_path / "linear.pt2")
+    torch.export.save(torch.export.export(torch.nn.Linear(2, 3), (torch.ones(2),)), path)
+    return path
+
+
+def test_samples_come_from_a_program(program: str, capsys: Capture) -> None:
+    hopkit.register(FromProgram(), "from_program")
+    assert main(["check", "demo_once", "--mode", "eager", "--program", program]) == 0
+    assert "from the file" in capsys.readouterr().out
+
+
+def test_a_program_that_no_plugin_reads_ends_with_2(program: str, capsys: Capture) -> None:
+    hopkit.register(FromProgram(), "from_program")
+    assert main(["check", "demo_wrong", "--program", program]) == 2
+    assert "no plugin makes samples of op 'demo_wrong'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("text", "told"), [(None, "there is no file"), ("no program", "is no exported program")])
+def test_a_file_that_is_no_program_ends_with_2(text: str | None, told: str, tmp_path: Path, capsys: Capture) -> None:
+    path = tmp_path / "model.pt2"
+    if text is not None:
+        path.write_text(text, encoding="utf-8")
+    assert main(["check", "demo_once", "--program", str(path)]) == 2
+    assert told in capsys.readouterr().err

@@ -1,0 +1,287 @@
+"""Rules that an author writes: kernels, and derivatives; called in plain eager, and right where something records."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import hopkit
+from hopkit.extend import Call, CaptureError, RuleError
+from hopkit.extend.functionalize import Functionalizer, pure
+from hopkit.extend.proxy import Tracer, node, trace
+from hopkit.kit import fresh
+
+
+@pytest.fixture(autouse=True)
+def host() -> Iterator[None]:
+    with fresh():
+        yield
+
+
+Scaled = hopkit.Op[..., Tensor]
+
+
+@pytest.fixture
+def op() -> Scaled:
+    @hopkit.define("t_scaled")
+    def scaled(body: hopkit.Subgraph, x: Tensor, scale: float = 2.0) -> Tensor:
+        return scale * body(x)
+
+    return scaled
+
+
+def sevens(body: hopkit.Subgraph, x: Tensor, scale: float = 2.0) -> Tensor:
+    return torch.full_like(x, 7)
+
+
+def gradients(f: Callable[[], Tensor], *wrt: Tensor) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(f().sum(), wrt)
+
+
+# Kernels
+
+
+def test_a_kernel_is_called_in_plain_eager(op: Scaled) -> None:
+    calls = []
+
+    @op.rule("device")
+    def kernel(body: hopkit.Subgraph, x: Tensor, scale: float = 2.0) -> Tensor:
+        calls.append(scale)
+        return body(x) * scale
+
+    x = torch.rand(3)
+    torch.testing.assert_close(op(torch.sin, x, 3.0), 3 * x.sin())
+    assert calls == [3.0]
+
+
+def test_the_derivative_of_a_kernel_is_the_body_s_captures_included(op: Scaled) -> None:
+    calls = []
+
+    @op.rule("device", device="cpu")
+    def kernel(body: hopkit.Subgraph, x: Tensor, scale: float = 2.0) -> Tensor:
+        calls.append(torch.is_grad_enabled())
+        return (body(x) * scale).detach()
+
+    x, w = torch.rand(3, requires_grad=True), torch.rand(3, requires_grad=True)
+    found = gradients(lambda: op(lambda y: y.sin() * w, x), x, w)
+    assert len(calls) == 1
+    torch.testing.assert_close(found, gradients(lambda: 2 * x.sin() * w, x, w))
+
+
+def test_a_kernel_that_disagrees_with_the_body_is_used_as_it_is(op: Scaled) -> None:
+    op.rule("device")(sevens)
+    x = torch.rand(3, requires_grad=True)
+    result = op(torch.sin, x)
+    assert result.tolist() == [7, 7, 7]
+    torch.testing.assert_close(gradients(lambda: result, x), gradients(lambda: 2 * x.sin(), x))
+
+
+def test_a_kernel_with_its_fake_rule_may_do_what_fakes_cannot(op: Scaled) -> None:
+    @op.rule("device")
+    def kernel(body: hopkit.Subgraph, x: Tensor, scale: float = 2.0) -> Tensor:
+        return torch.tensor([scale * value for value in body(x).tolist()])
+
+    @op.rule("fake")
+    def fake(body: hopkit.Subgraph, x: Tensor, scale: float = 2.0) -> Tensor:
+        return torch.empty_like(x)
+
+    x = torch.rand(3)
+    torch.testing.assert_close(op(torch.sin, x), 2 * x.sin())
+    graph = make_fx(lambda x: op(torch.sin, x), tracing_mode="fake")(x)
+    (call,) = [n for n in graph.graph.nodes if n.target is torch.ops.higher_order.t_scaled]
+    assert call.target is op.operator
+    torch.testing.assert_close(graph(x), 2 * x.sin())
+
+
+def test_a_kernel_is_not_asked_under_a_transform(op: Scaled) -> None:
+    op.rule("device")(sevens)
+    xs = torch.rand(4, 3)
+    torch.testing.assert_close(torch.vmap(lambda x: op(torch.sin, x))(xs), 2 * xs.sin())
+
+
+def test_a_decomposed_op_asks_no_rule(op: Scaled) -> None:
+    op.rule("device")(sevens)
+    x = torch.rand(3)
+    with hopkit.decompose(op):
+        torch.testing.assert_close(op(torch.sin, x), 2 * x.sin())
+
+
+# Derivatives
+
+
+class Doubling:
+    """The derivative of ``scale * body(x)``, times two, so that it is told from the derived one."""
+
+    @staticmethod
+    def forward(body: hopkit.Subgraph, x: Tensor, scale: float = 2.0) -> tuple[Tensor, object]:
+        return scale * body(x), {"x": x, "scale": scale, "nothing": None}
+
+    @staticmethod
+    def backward(saved: Any, gradient: Tensor) -> Sequence[Tensor | None]:
+        assert saved["nothing"] is None
+        return [2 * gradient * saved["scale"] * saved["x"].cos()]
+
+
+def test_a_derivative_gets_what_forward_saved(op: Scaled) -> None:
+    op.rule("autograd")(Doubling)
+    x = torch.rand(3, requires_grad=True)
+    torch.testing.assert_close(op(torch.sin, x), 2 * x.sin())
+    (found,) = gradients(lambda: op(torch.sin, x, 3.0), x)
+    torch.testing.assert_close(found, 2 * 3 * x.cos())
+
+
+def test_without_gradients_the_op_itself_runs(op: Scaled) -> None:
+    op.rule("autograd")(SimpleNamespace(forward=lambda body, x, scale=2.0: 1 / 0, backward=Doubling.backward))
+    x = torch.rand(3, requires_grad=True)
+    torch.testing.assert_close(op(torch.sin, x.detach()), 2 * x.detach().sin())
+    with torch.no_grad():
+        torch.testing.assert_close(op(torch.sin, x), 2 * x.sin())
+
+
+def test_a_capture_without_a_gradient_is_an_error_that_names_it(op: Scaled) -> None:
+    op.rule("autograd")(Doubling)
+    x, weight = torch.rand(3, requires_grad=True), torch.rand(3, requires_grad=True)
+    with pytest.raises(CaptureError, match=r"t_scaled.*no gradient for 'weight', which subgraph 'body' closes over"):
+        gradients(lambda: op(lambda y: y.sin() * weight, x), x)
+
+
+def test_a_capture_that_needs_no_gradient_is_no_error(op: Scaled) -> None:
+    op.rule("autograd")(Doubling)
+    x, ones = torch.rand(3, requires_grad=True), torch.ones(3)
+    (found,) = gradients(lambda: op(lambda y: y.sin() * ones, x), x)
+    torch.testing.assert_close(found, 4 * x.cos())
+
+
+def test_gradients_of_captures_follow_those_of_the_operands(op: Scaled) -> None:
+    class WithCaptures:
+        @staticmethod
+        def forward(body: Any, x: Tensor, scale: float = 2.0) -> tuple[Tensor, object]:
+            (w,) = body.captures
+            return scale * body(x), (x, w, scale)
+
+        @staticmethod
+        def backward(saved: Any, gradient: Tensor) -> Sequence[Tensor | None]:
+            x, w, scale = saved
+            return [gradient * scale * w * x.cos(), gradient * scale * x.sin()]
+
+    op.rule("autograd")(WithCaptures)
+    x, w = torch.rand(3, requires_grad=True), torch.rand(3, requires_grad=True)
+    found = gradients(lambda: op(lambda y: y.sin() * w, x), x, w)
+    torch.testing.assert_close(found, gradients(lambda: 2 * x.sin() * w, x, w))
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_a_wrong_number_of_gradients_is_an_error(op: Scaled, count: int) -> None:
+    op.rule("autograd")(SimpleNamespace(forward=Doubling.forward, backward=lambda saved, g: [g] * count))
+    x = torch.rand(3, requires_grad=True)
+    with pytest.raises(RuleError, match=f"op 't_scaled' backward gave {count} gradients.*return 1: one per operand"):
+        gradients(lambda: op(torch.sin, x), x)
+
+
+def test_a_forward_that_saves_nothing_is_an_error(op: Scaled) -> None:
+    op.rule("autograd")(SimpleNamespace(forward=lambda body, x, scale=2.0: body(x), backward=Doubling.backward))
+    with pytest.raises(RuleError, match=r"forward gave a Tensor.*return `\(out, saved\)`"):
+        op(torch.sin, torch.rand(3, requires_grad=True))
+
+
+def test_a_rule_may_differentiate_the_call_itself(op: Scaled) -> None:
+    calls = []
+
+    @op.rule("autograd")
+    def rule(call: Call) -> object:
+        calls.append(call.op.name)
+        return call.run()
+
+    x = torch.rand(3, requires_grad=True)
+    torch.testing.assert_close(gradients(lambda: op(torch.sin, x), x), gradients(lambda: 2 * x.sin(), x))
+    assert calls == ["t_scaled"]
+
+
+# Second derivatives: right, or an error
+
+
+def second(op: Scaled) -> tuple[Tensor, Tensor]:
+    x = torch.rand(3, requires_grad=True)
+    (first,) = torch.autograd.grad(op(torch.sin, x).sum(), x, create_graph=True)
+    # The other part has a history: a first part that lost its own would be left out without a word.
+    (again,) = torch.autograd.grad((first + x).sum(), x)
+    return x, again - 1
+
+
+def test_a_rule_that_saves_inputs_is_differentiated_again(op: Scaled) -> None:
+    op.rule("autograd")(Doubling)
+    x, found = second(op)
+    torch.testing.assert_close(found, -4 * x.sin())
+
+
+def test_a_rule_that_saves_what_it_computed_is_not(op: Scaled) -> None:
+    class Computed:
+        @staticmethod
+        def forward(body: hopkit.Subgraph, x: Tensor, scale: float = 2.0) -> tuple[Tensor, object]:
+            return scale * body(x), x.cos()
+
+        @staticmethod
+        def backward(saved: Any, gradient: Tensor) -> Sequence[Tensor | None]:
+            return [2 * gradient * saved]
+
+    op.rule("autograd")(Computed)
+    with pytest.raises(RuntimeError, match="forward saved what is neither an input nor an output"):
+        second(op)
+
+
+def test_nor_one_that_hides_tensors_in_an_object_of_its_own(op: Scaled) -> None:
+    class Hiding:
+        @staticmethod
+        def forward(body: hopkit.Subgraph, x: Tensor, scale: float = 2.0) -> tuple[Tensor, object]:
+            return scale * body(x), SimpleNamespace(cos=x.cos())
+
+        @staticmethod
+        def backward(saved: Any, gradient: Tensor) -> Sequence[Tensor | None]:
+            return [2 * gradient * saved.cos]
+
+    op.rule("autograd")(Hiding)
+    x = torch.rand(3, requires_grad=True)
+    torch.testing.assert_close(gradients(lambda: op(torch.sin, x), x), (2 * x.cos(),))
+    with pytest.raises(RuntimeError, match="forward saved what is neither an input nor an output"):
+        second(op)
+
+
+def test_a_derivative_is_used_where_a_recorded_graph_is_differentiated(op: Scaled) -> None:
+    op.rule("autograd")(Doubling)
+    graph = make_fx(lambda x: torch.autograd.grad(op(torch.sin, x).sum(), x)[0])(torch.rand(3, requires_grad=True))
+    x = torch.rand(3)
+    torch.testing.assert_close(graph(x), 4 * x.cos())
+
+
+# Functionalize and proxy
+
+
+def test_an_author_s_functionalize_and_proxy_rules_are_asked(op: Scaled) -> None:
+    asked = []
+
+    @op.rule("functionalize")
+    def functionalize(layer: Functionalizer, call: Call) -> object:
+        asked.append("functionalize")
+        pure_call = call.replace(graphs=[pure(layer, g) for g in call.graphs], inputs=layer.unwrap_tensors(call.inputs))
+        with layer.redispatch_to_next():
+            outputs = pure_call()
+            assert isinstance(outputs, tuple)
+            return layer.wrap_tensors(outputs)
+
+    @op.rule("proxy")
+    def record(tracer: Tracer, call: Call) -> object:
+        asked.append("proxy")
+        (graph,), (examples,) = call.graphs, call.rehearsal.examples
+        return node(tracer, call.replace(graphs=[trace(tracer, "mine", graph, examples)]))
+
+    x = torch.rand(3)
+    graph = make_fx(torch.func.functionalize(lambda x: op(torch.sin, x)))(x)
+    assert asked == ["functionalize", "proxy"]
+    assert [name for name, _ in graph.named_children()] == ["mine"]
+    torch.testing.assert_close(graph(x), 2 * x.sin())

@@ -1,0 +1,167 @@
+"""Graphs: they print, copy, pickle, run and are recorded again; sharing and naming of subgraphs."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import Tensor
+from torch.func import functionalize
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import hopkit
+from hopkit import HopkitWarning, Subgraph
+from hopkit.errors import SignatureError
+from tests.recording import define_once, define_twice, nodes, plainly, record, same, trained
+
+pytestmark = pytest.mark.usefixtures("hopkit_fresh")
+
+X = torch.linspace(-1.0, 1.0, 9).reshape(3, 3)
+W = torch.linspace(0.5, 1.5, 9).reshape(3, 3)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_graph_is_copied_pickled_and_printed(training: bool) -> None:
+    twice = define_twice()
+
+    def run(x: Tensor, w: Tensor) -> Tensor:
+        return twice(lambda y: (y @ w).sin(), x, scale=2.0)
+
+    x, w = X.clone().requires_grad_(training), W.clone().requires_grad_(training)
+    graph = record(trained(run) if training else run, x, w)
+    want = graph(x, w)
+    same(copy.deepcopy(graph)(x, w), want)
+    same(pickle.loads(pickle.dumps(graph))(x, w), want)
+    same(torch.fx.Interpreter(graph).run(x, w), want)
+    assert "torch.ops.higher_order.t_twice(" in graph.print_readable(print_output=False)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_graph_that_is_recorded_again_keeps_its_nodes(training: bool) -> None:
+    twice = define_twice()
+
+    def run(x: Tensor, w: Tensor) -> Tensor:
+        return twice(lambda y: (y @ w).sin(), x, scale=2.0)
+
+    x, w = X.clone().requires_grad_(training), W.clone().requires_grad_(training)
+    graph = record(trained(run) if training else run, x, w)
+    for again in (record(graph, x, w), make_fx(functionalize(graph))(x.detach(), w.detach())):
+        assert nodes(again, twice) == nodes(graph, twice)
+        same(again(x, w), graph(x, w))
+
+
+def test_symbolic_sizes_when_recorded_again() -> None:
+    twice = define_twice()
+    graph = record(lambda x: twice(lambda y: y * y.shape[0], x), torch.ones(5, 2), mode="symbolic")
+    again = record(graph, torch.ones(4, 3), mode="symbolic")
+    assert nodes(again, twice) == 1
+    same(again(torch.ones(5, 6)), torch.full((5, 6), 25.0))
+
+
+def test_fx_traces_symbolically_through_the_body() -> None:
+    twice = define_twice()
+    graph = torch.fx.symbolic_trace(lambda x: twice(torch.sin, x))
+    same(graph(X), X.sin().sin())
+
+
+def test_fx_traces_symbolically_over_a_node() -> None:
+    twice = define_twice()
+    graph = torch.fx.symbolic_trace(record(lambda x: twice(torch.sin, x), X))
+    assert nodes(graph, twice) == 1
+    same(graph(W), W.sin().sin())
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace")
+def test_jit_traces_the_body() -> None:
+    twice = define_twice()
+    same(torch.jit.trace(lambda x: twice(torch.sin, x), X)(W), W.sin().sin())
+
+
+def test_two_graphs_have_two_names() -> None:
+    once = define_once()
+    graph = record(lambda x: once(torch.sin, x) + once(torch.cos, x), X)
+    assert [name for name, _ in graph.named_children()] == ["t_once_body", "t_once_body_1"]
+    same(graph(W), W.sin() + W.cos())
+
+
+def test_one_subgraph_on_two_shapes_is_two_graphs_of_one_node() -> None:
+    @hopkit.define("t_shapes")
+    def shapes(body: Subgraph, x: Tensor) -> Tensor:
+        return body(x).sum() + body(x[0]).sum()
+
+    graph = record(lambda x: shapes(torch.sin, x), X)
+    assert nodes(graph, shapes) == 1
+    assert len(list(graph.named_children())) == 2
+    same(graph(W), W.sin().sum() + W[0].sin().sum())
+
+
+def test_options_stay_readable_in_the_node() -> None:
+    @hopkit.define("t_options")
+    def options(body: Subgraph, x: Tensor, *, scale: float, dtype: torch.dtype, axes: tuple[int, ...]) -> Tensor:
+        return (scale * body(x)).to(dtype).permute(axes).clone()
+
+    graph = record(lambda x: options(torch.sin, x, scale=2.0, dtype=torch.float64, axes=(1, 0)), X)
+    (node,) = (node for node in graph.graph.nodes if node.target is options.operator)
+    assert (node.kwargs["scale"], node.kwargs["dtype"]) == (2.0, torch.float64)
+    same(graph(W), options.spec.body(torch.sin, W, scale=2.0, dtype=torch.float64, axes=(1, 0)))
+
+
+def test_autocast_in_a_subgraph_is_recorded() -> None:
+    twice = define_twice()
+    with torch.autocast("cpu", torch.bfloat16):
+        graph = record(lambda x: twice(lambda y: y @ W, x), X)
+        want = plainly(lambda: twice(lambda y: y @ W, X))
+    assert nodes(graph, twice) == 1
+    same(graph(X), want)
+
+
+def test_autocast_in_the_body_decomposes() -> None:
+    @hopkit.define("t_matmul")
+    def matmul(body: Subgraph, x: Tensor, y: Tensor) -> Tensor:
+        return body(x) @ y
+
+    with torch.autocast("cpu", torch.bfloat16):
+        with pytest.warns(HopkitWarning, match="autocast changes what the body itself computes"):
+            graph = record(lambda x: matmul(torch.sin, x, W), X)
+        want = plainly(lambda: matmul(torch.sin, X, W))
+    same(graph(X), want)
+
+
+def test_a_node_under_autocast_says_what_does_not_fit() -> None:
+    twice = define_twice()
+    graph = record(lambda x: twice(lambda y: y @ W, x), X)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(SignatureError, match="bfloat16"):
+        graph(X)
+
+
+def test_transforms_inside_the_recorder_see_the_body() -> None:
+    twice = define_twice()
+
+    def slope(x: Tensor) -> Tensor:
+        slope: Tensor = torch.func.grad(lambda a: twice(lambda y: (y * W).sin(), a).sum())(x)
+        return slope
+
+    graph = record(torch.vmap(slope), torch.stack([X, W]))
+    same(graph(torch.stack([W, X])), plainly(torch.vmap(slope), torch.stack([W, X])))
+
+
+def test_a_capture_that_is_batched() -> None:
+    twice = define_twice()
+
+    def run(x: Tensor, w: Tensor) -> Tensor:
+        return twice(lambda y: y * w, x)
+
+    batched = torch.vmap(run, in_dims=(None, 0))
+    want = torch.stack([X * W * W, X * X * X])
+    same(batched(X, torch.stack([W, X])), want)
+    same(record(batched, W, torch.stack([W, W]))(X, torch.stack([W, X])), want)
+
+
+def test_a_vanished_op_leaves_no_node() -> None:
+    twice = define_twice()
+    with hopkit.decompose(twice):
+        graph = record(lambda x: twice(torch.sin, x), X)
+    assert nodes(graph, twice) == 0
+    same(graph(W), W.sin().sin())
