@@ -191,7 +191,7 @@ class Call:
         """What the call does, learnt by running it once on stand-ins."""
         stage, watch = Stage(self.inputs), Watch()
         examples: dict[int, tuple[object, ...]] = {}
-        hooked: list[bool] = []
+        told: list[str] = []
 
         def stand_in(value: object) -> object:
             return stage.fake(value) if isinstance(value, torch.Tensor) and not stage.owns(value) else value
@@ -202,7 +202,7 @@ class Call:
                 function = self.graphs[index]
                 with Substitute(stand_in) as mode:
                     result = (function.plain if isinstance(function, Pure) else function)(*inputs)
-                hooked.append(mode.hooked)
+                told.append(mode.opaque)
                 return result
 
             return graph
@@ -212,7 +212,7 @@ class Call:
             rehearsed = self.replace(graphs=[probe(i) for i in range(len(self.graphs))], inputs=fakes)
             with watch:
                 outputs = rehearsed.like_body()
-            opaque = custom_backward(trees.leaves(outputs)) or ("it has a hook on a gradient" if any(hooked) else "")
+            opaque = custom_backward(trees.leaves(outputs)) or next(filter(None, told), "")
             for index in set(range(len(self.graphs))) - set(examples):
                 examples[index] = self._from_layout(index, fakes)
             # What was rehearsed is then the op itself, and not what a transform made of it.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, cast
 from hopkit._torch import functional, keys
 from hopkit._torch.fakes import FakeMode, in_mode, run_in_mode
 from hopkit._torch.operator import Kernel, Key
-from hopkit._torch.tracing import Tracer
+from hopkit._torch.tracing import ProxyMode, Tracer
 from hopkit.call import Call
 from hopkit.handwritten import hand_written
 from hopkit.rule import Answer, Decline, Table, ask
@@ -97,7 +97,7 @@ def _functionalize(op: str, mode: Mode, answers: Sequence[Answer], decode: Decod
 def _proxy(op: str, mode: Mode, answers: Sequence[Answer], decode: Decode) -> dict[Key, Kernel]:
     rules = _rules(answers)
 
-    def kernel(proxy_mode: object, *args: object, **kwargs: object) -> object:
+    def kernel(proxy_mode: ProxyMode, *args: object, **kwargs: object) -> object:
         call = decode(*args, **kwargs)
         return ask(op, mode.name, rules, Tracer(proxy_mode, call.inputs), call)
 

@@ -145,7 +145,9 @@ class Op(Generic[P, R]):
         """Let these rules answer, in torch's tables and in plain eager."""
         self.table = table
         self.operator.install(install.kernels(self.spec.name, table, modes, self._decode))
-        written = self._written = {mode for mode, answers in table.items() if answers and answers[0].place is not Place.BUILTIN}
+        written = self._written = {
+            mode for mode, answers in table.items() if answers and answers[0].place is not Place.BUILTIN
+        }
         self._eager = bool(written & {"device", "autograd"})
         added = {mode.entry for mode in modes if mode.name in written and isinstance(mode.entry, type)}
         named = {"fake": keys.FAKE, "proxy": keys.PROXY, "functionalize": keys.FUNCTIONALIZE}

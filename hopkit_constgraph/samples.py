@@ -21,8 +21,9 @@ import hopkit
 OPERATOR = type(torch.ops.aten.add.Tensor)
 """The type of torch's operators, which has no public name."""
 
-SPLIT = (torch.ops.aten._weight_norm.default, torch.ops.aten._weight_norm_interface.default)
-"""Operators of torch that are taken apart: they can be neither batched nor differentiated forward, their parts can."""
+SPLIT = ("aten._weight_norm.default", "aten._weight_norm_interface.default")
+"""Operators of torch, as a graph prints them, that are taken apart: they can be neither batched nor differentiated
+forward, their parts can."""
 
 
 class LowRank(torch.nn.Module):
@@ -115,11 +116,11 @@ def constant_part(program: ExportedProgram, name: str = "program") -> hopkit.Sam
     Raises:
         HopkitError: There is no such part.
     """
-    known = torch.export.default_decompositions()
+    split = {op: rule for op, rule in torch.export.default_decompositions().items() if str(op) in SPLIT}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch's own: it copies a tree whose class it has deprecated
         # A table, though nearly empty, is what makes the program functional: a value is the same wherever it is used.
-        program = program.run_decompositions({op: known[op] for op in SPLIT})
+        program = program.run_decompositions(split)
     weights = _weights(program)
     constant = set(weights)
     for node in program.graph.nodes:

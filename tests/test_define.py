@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import subprocess
 import sys
 import textwrap
@@ -206,3 +207,52 @@ def test_a_name_taken_twice_comes_back_whole() -> None:
         assert cond() == [1, 1]
         """
     )
+
+
+# What is declared of an op
+
+
+@pytest.mark.parametrize(
+    ("declared", "says"),
+    [
+        ({"mutates": ("y",)}, r"`mutates=\('y',\)`: 'y' is no operand"),
+        ({"aliases": "body"}, r"`aliases=\('body',\)`: 'body' is no operand"),
+        ({"autograd": "maybe"}, "there is no such policy"),
+        ({"outputs": lambda x: x}, "`outputs=`: it does not take the body's arguments"),
+        ({"outputs": lambda x, body: x}, r"it calls its parameters \['x', 'body'\]"),
+        ({"inputs": lambda: ()}, "`inputs=`: it does not take the body's arguments"),
+    ],
+)
+def test_a_declaration_that_fits_nothing_is_refused(declared: dict[str, object], says: str) -> None:
+    before = registered()
+    with pytest.raises(SpecError, match=says):
+
+        @hopkit.define("t_declared", **declared)  # type: ignore[call-overload, untyped-decorator] # the mistake
+        def declared_wrongly(body: hopkit.Subgraph, x: Tensor) -> Tensor:
+            return body(x)
+
+    assert registered() == before
+
+
+def test_one_name_may_be_declared_without_a_tuple() -> None:
+    @hopkit.define("t_writes", mutates="x")
+    def writes(body: hopkit.Subgraph, x: Tensor) -> Tensor:
+        return body(x.add_(1))
+
+    assert writes.spec.mutates == ("x",)
+
+
+def test_a_decorator_without_a_name_is_refused() -> None:
+    with pytest.raises(SpecError, match=r"without a name.*@hopkit.define\(\"mypackage_myop\"\)"):
+
+        @hopkit.define  # type: ignore[call-overload] # the mistake
+        def nameless(body: hopkit.Subgraph, x: Tensor) -> Tensor:
+            return body(x)
+
+
+def test_an_error_can_be_sent_to_another_process() -> None:
+    with pytest.raises(SpecError) as raised:
+        define("no name")
+    again = pickle.loads(pickle.dumps(raised.value))
+    assert type(again) is SpecError
+    assert str(again) == str(raised.value)

@@ -285,3 +285,37 @@ def test_an_author_s_functionalize_and_proxy_rules_are_asked(op: Scaled) -> None
     assert asked == ["functionalize", "proxy"]
     assert [name for name, _ in graph.named_children()] == ["mine"]
     torch.testing.assert_close(graph(x), 2 * x.sin())
+
+
+# Results and arguments that do not match one to one
+
+
+def test_a_rule_that_gives_more_than_the_body_is_an_error(op: Scaled) -> None:
+    def pair(body: hopkit.Subgraph, x: Tensor, scale: float = 2.0) -> Any:
+        return x, x
+
+    op.rule("fake")(pair)
+    with pytest.raises(RuleError, match="2 leaves where it was recorded with 1"):
+        make_fx(lambda x: op(torch.sin, x), tracing_mode="fake")(torch.ones(3))
+
+
+def test_one_tensor_for_two_operands_gets_both_gradients() -> None:
+    @hopkit.define("t_product")
+    def product(body: hopkit.Subgraph, x: Tensor, y: Tensor) -> Tensor:
+        return body(x) * y
+
+    class Product:
+        @staticmethod
+        def forward(body: hopkit.Subgraph, x: Tensor, y: Tensor) -> tuple[Tensor, object]:
+            return body(x) * y, (x, y)
+
+        @staticmethod
+        def backward(saved: tuple[Tensor, Tensor], gradient: Tensor) -> tuple[Tensor, Tensor]:
+            x, y = saved
+            return gradient * 2 * y, gradient * 2 * x
+
+    product.rule("autograd")(Product)
+    x = torch.tensor([1.0, 3.0], requires_grad=True)
+    (got,) = gradients(lambda: product(lambda t: t * 2, x, x), x)
+    (want,) = gradients(lambda: x * 2 * x, x)
+    torch.testing.assert_close(got, want)

@@ -13,7 +13,7 @@ import torch
 import hopkit
 from hopkit import Sample, Subgraph
 from hopkit.testing import Cell, Report, check, fresh, plan
-from hopkit.testing.cells import COLUMNS
+from hopkit.testing.columns import COLUMNS
 from hopkit.testing.compare import Pair, difference
 
 pytest_plugins = ["pytester"]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 import torch
 from torch import Tensor
 
 import hopkit
 from hopkit import Subgraph, layout, transform
-from hopkit.errors import SignatureError
+from hopkit.errors import LayoutError, SignatureError
 from tests.recording import define_twice, record, same
 
 pytestmark = pytest.mark.usefixtures("hopkit_fresh")
@@ -86,3 +88,28 @@ def test_a_subgraph_is_chosen_by_what_it_is_called_with() -> None:
     graph.recompile()
     with pytest.raises(SignatureError, match=r"float32\[3, 3\]@cpu\); \(float32\[2, 3\].*with \(float32\[1, 3\]"):
         graph(W)
+
+
+def test_a_node_of_an_op_that_has_changed_is_refused() -> None:
+    @hopkit.define("t_changes")
+    def before(body: Subgraph, x: Tensor) -> Tensor:
+        return body(x)
+
+    graph = record(lambda x: before(torch.sin, x), X)
+
+    @hopkit.define("t_changes", replace=True)
+    def after(body: Subgraph, value: Tensor) -> Tensor:
+        return body(value)
+
+    changed = pickle.loads(pickle.dumps(graph))  # a graph holds the operator; the text of its code names it
+    with pytest.raises(LayoutError, match=r"recorded with the parameters body, x, and the op now takes \(body: Subgr"):
+        changed(X)
+
+
+def test_a_graph_with_a_node_under_torch_compile() -> None:
+    @hopkit.define("t_compiled")
+    def twice(body: Subgraph, x: Tensor) -> Tensor:
+        return body(body(x))
+
+    graph = record(lambda x: twice(lambda y: y.sin() * 2, x), X)
+    same(torch.compile(graph, backend="eager")(W), twice.spec.body(lambda y: y.sin() * 2, W))

@@ -1,7 +1,7 @@
-"""Dynamo's table of operators (torch/_dynamo/variables/higher_order_ops.py).
+"""Dynamo's table of operators (torch/_dynamo/variables/higher_order_ops.py), and the frames that it must not read.
 
-It goes by name alone: an op that takes the name of one of torch's own must not get the other's treatment. Dynamo may be
-imported before the op is defined, or after; hopkit never imports it.
+The table goes by name alone: an op that takes the name of one of torch's own must not get the other's treatment. Dynamo
+may be imported before the op is defined, or after; hopkit never imports it.
 """
 
 from __future__ import annotations
@@ -9,12 +9,22 @@ from __future__ import annotations
 import importlib.machinery
 import sys
 from collections.abc import Sequence
-from types import ModuleType
+from types import FunctionType, ModuleType
+
+from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy
 
 _MODULE = "torch._dynamo.variables.higher_order_ops"
 
 _hidden: dict[str, object] = {}
 """The names that ops of hopkit have taken from torch's own, and the entries that stood there; None: not seen yet."""
+
+
+def skip(function: FunctionType) -> None:
+    """Let Dynamo run a function, and what it calls, as it stands.
+
+    Dynamo knows no operator of hopkit in a graph, so it breaks there and calls it; then it would read hopkit's frames.
+    """
+    set_code_exec_strategy(function.__code__, _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP))
 
 
 def hide(name: str) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from types import FunctionType
+from typing import cast
 
 import torch
 from torch._C import DispatchKey
@@ -64,6 +66,9 @@ class Operator(HigherOrderOperator):
         for key, kernel in kernels.items():
             self.py_impl(key)(kernel)
         self._dispatch_cache.clear()
+
+
+dynamo.skip(cast("FunctionType", Operator.__call__))
 
 
 def taken(name: str) -> bool:

@@ -18,6 +18,9 @@ from hopkit._torch import fakes, trees
 _traced: weakref.WeakKeyDictionary[PythonKeyTracer, dict[object, str]] = weakref.WeakKeyDictionary()
 
 
+ProxyMode = ProxyTorchDispatchMode
+
+
 class Tracer:
     """The graph that is being recorded."""
 

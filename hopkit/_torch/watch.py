@@ -37,11 +37,7 @@ class Substitute(TorchFunctionMode):
         super().__init__()
         self.replace = replace
         self.steps: list[tuple[object, ...]] = []
-
-    @property
-    def hooked(self) -> bool:
-        """Whether a hook was put on a gradient."""
-        return any(func is torch.Tensor.register_hook for func, *_ in self.steps)
+        self.opaque = ""
 
     def __torch_function__(
         self,
@@ -54,6 +50,7 @@ class Substitute(TorchFunctionMode):
         if not isinstance(func, torch._ops.OpOverload) and getattr(func, "__name__", "") != "__get__":
             self.steps.append((func, *map(_constant, trees.leaves((args, dict(kwargs or {}))))))
         args, named = self.replaced((args, dict(kwargs or {})))
+        self.opaque = _OPAQUE.get(func, "") or self.opaque
         return func(*args, **named)
 
     def replaced(self, value: T) -> T:
@@ -67,6 +64,20 @@ class Substitute(TorchFunctionMode):
             return slice(*map(self._leaf, (leaf.start, leaf.stop, leaf.step)))
         return leaf
 
+
+# make_fx of 2.14 writes detach as an alias, which has a gradient; a hook is in no graph.
+_OPAQUE: dict[object, str] = {
+    torch.Tensor.register_hook: "it has a hook on a gradient",
+    **dict.fromkeys(
+        (
+            torch.detach,
+            torch.Tensor.detach,
+            torch.Tensor.detach_,
+            torch.Tensor.data.__get__,  # type: ignore[attr-defined] # a property of C
+        ),
+        "a part of it is detached",
+    ),
+}
 
 _REPLACED = (torch.Tensor, torch.SymInt, torch.SymFloat)
 _PLAIN = (int, float, bool, complex, str, slice, torch.dtype, torch.device, torch.layout, torch.memory_format)
@@ -140,9 +151,6 @@ class Watch(TorchDispatchMode):
         """Whether something inside wrote to the memory of ``tensor``."""
         return any(same_storage(tensor, w) for w in self.written)
 
-
-# make_fx of 2.14 writes them as aliases, which have a gradient.
-_DETACH = (torch.ops.aten.detach.default, torch.ops.aten.detach_.default)
 
 _WRITE_STATISTICS = (
     torch.ops.aten.native_batch_norm.default,

@@ -17,7 +17,8 @@ from hopkit.errors import HopkitError, HopkitWarning, SpecError
 from hopkit.op import AnyOp
 from hopkit.spec import Sample
 from hopkit.table import table
-from hopkit.testing.cells import COLUMNS, Callee, Case, Column, NotApplicable, Outcome
+from hopkit.testing.case import Callee, Case, Column, NotApplicable, Outcome
+from hopkit.testing.columns import COLUMNS
 from hopkit.testing.compare import difference
 
 Verdict = Literal["right", "wrong", "refused", "error", "n/a"]

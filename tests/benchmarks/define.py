@@ -1,4 +1,6 @@
-"""What hopkit costs before any op is called (``python -m tests.benchmarks.define``): ``import hopkit`` beside ``import torch``, and `hopkit.define`.
+"""What hopkit costs before any op is called: ``import hopkit`` beside ``import torch``, and `hopkit.define`.
+
+Run it with ``python -m tests.benchmarks.define``.
 
 To reach: 60 ms for the import; 2 ms for define with the built-in plugins, and linear with 100 plugins and 1,000 ops.
 """
@@ -10,10 +12,10 @@ import sys
 import time
 import types
 
-import hopkit
 import torch
-from hopkit.testing import fresh
 
+import hopkit
+from hopkit.testing import fresh
 from tests.benchmarks.timing import table
 
 IMPORT = """
@@ -26,7 +28,9 @@ print((time.perf_counter() - start) * 1e3)
 
 def import_ms() -> float:
     """Milliseconds that ``import hopkit`` adds to ``import torch``; the best of several processes."""
-    runs = [subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, text=True, check=True) for _ in range(5)]
+    runs = [
+        subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, text=True, check=True) for _ in range(5)
+    ]
     return min(float(run.stdout) for run in runs)
 
 

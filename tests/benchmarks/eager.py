@@ -1,4 +1,6 @@
-"""What a plain eager call of ``run_const_graph`` costs (``python -m tests.benchmarks.eager``): against its GraphModule, and against torch's own op.
+"""What a plain eager call of ``run_const_graph`` costs: against its GraphModule, and against torch's own op.
+
+Run it with ``python -m tests.benchmarks.eager``.
 
 To reach (DESIGN section 7), op against direct: 2.0 with 1 and 10 operands, 3 with 100, 4 with 1000; with gradients at
 most 1.5 times those.
@@ -7,8 +9,8 @@ most 1.5 times those.
 from __future__ import annotations
 
 import torch
-from hopkit_constgraph import run_const_graph
 
+from hopkit_constgraph import run_const_graph
 from tests.benchmarks.timing import compare, table
 
 LIMITS = {1: 2.0, 10: 2.0, 100: 3.0, 1000: 4.0}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from hopkit.testing import check
-from hopkit.testing.cells import COLUMNS
+from hopkit.testing.columns import COLUMNS
 from tests.samples import OPS
 
 ONE_DTYPE = "no sample of this op has complex operands"

@@ -5,12 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import hopkit
 import torch
-from hopkit.extend import Call
-from hopkit.extend.functionalize import Functionalizer
 from torch import Tensor
 from typing_extensions import assert_type
+
+import hopkit
+from hopkit.extend import Call
+from hopkit.extend.functionalize import Functionalizer
 
 
 @hopkit.define("typed_twice")
@@ -73,4 +74,3 @@ def functionalized(layer: Functionalizer, call: Call) -> object:
 def recorded(call: Call) -> object:
     """Not the protocol of a proxy rule."""
     return call()
-
