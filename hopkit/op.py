@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Generic, Literal, TypeAlias, cast, overload
 import torch
 from typing_extensions import ParamSpec, TypeVar
 
-from hopkit import binding, install, layout
+from hopkit import binding, install, layout, live
 from hopkit._torch import keys, schema, sizes, state, trees
 from hopkit._torch.autograd import needs_gradient, raise_in_backward
 from hopkit._torch.fakes import rehearsing
@@ -20,7 +20,7 @@ from hopkit._torch.operator import Place as TorchPlace
 from hopkit.call import Call
 from hopkit.errors import no_gradient
 from hopkit.record import Recorder, Unrecordable, plain_form, run_or_examples
-from hopkit.rule import Answer, Place, Table
+from hopkit.rule import Answer, Place, Table, ask
 from hopkit.spec import Kind, OpSpec
 
 if TYPE_CHECKING:
@@ -78,6 +78,7 @@ class Op(Generic[P, R]):
         self._deferred_error = raise_in_backward(spec.name)
         self._asking: frozenset[type] = frozenset()
         self._eager = False
+        self._kernels: tuple[Answer, ...] = ()
         functools.update_wrapper(self, spec.body)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -154,6 +155,7 @@ class Op(Generic[P, R]):
         self._asking = frozenset(added | {key for mode, key in named.items() if mode in written})
         self._subclasses = tuple(kind for kind in added if issubclass(kind, torch.Tensor))
         self._backends = any(not isinstance(mode.entry, (type, str)) for mode in modes if mode.name in written)
+        self._kernels = table["device"] if self._eager and not (self._subclasses or self._backends) else ()
         asks = self._eager or self._subclasses or self._backends
         self._shortest = not asks and self.spec.autograd != "error"
         self._transparent = self._shortest and self._load is None
@@ -165,6 +167,10 @@ class Op(Generic[P, R]):
             self._load()
         values = binding.bind(self.spec, args, kwargs)
         operands = [values[p.name] for p in self.spec.of_kind(Kind.OPERAND)]
+        if self._kernels and self._undisturbed() and (device := state.only_device(trees.leaves(operands))):
+            kernels = [cast("Callable[..., object]", a.rule) for a in self._kernels if a.device in ("", device)]
+            arguments, keywords = self.spec.arguments(live.values(self.spec, values))
+            return ask(self.spec.name, "device", kernels, *arguments, **keywords)
         if self._asked(operands):
             try:
                 return self._dispatch(values)
@@ -173,6 +179,12 @@ class Op(Generic[P, R]):
         if rehearsing():
             return self._in_place(lambda: run_or_examples(self.spec, values), (args, kwargs))
         return self._in_place(lambda: self._body(*args, **kwargs), (args, kwargs))
+
+    def _undisturbed(self) -> bool:
+        """Whether nothing records, differentiates or transforms: then a kernel is all that a call needs."""
+        return not (torch.is_grad_enabled() or state.transforming() or state.forward_mode()) and (
+            state.quiet() and self.spec.name not in _vanished.get()
+        )
 
     def _asked(self, operands: Sequence[object]) -> bool:
         """Whether something active asks for the op whole; otherwise its body runs in place."""

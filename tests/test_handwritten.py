@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import hopkit
-from hopkit.extend import Call, CaptureError, RuleError
+from hopkit.extend import Call, CaptureError, Decline, RuleError
 from hopkit.extend.functionalize import Functionalizer, pure
 from hopkit.extend.proxy import Tracer, node, trace
 from hopkit.kit import fresh
@@ -319,3 +319,43 @@ def test_one_tensor_for_two_operands_gets_both_gradients() -> None:
     (got,) = gradients(lambda: product(lambda t: t * 2, x, x), x)
     (want,) = gradients(lambda: x * 2 * x, x)
     torch.testing.assert_close(got, want)
+
+
+# The short cut: where nothing records or differentiates, a kernel is called as it stands
+
+
+def test_a_kernel_is_called_without_rehearsing_the_call(op: Scaled, monkeypatch: pytest.MonkeyPatch) -> None:
+    op.rule("device", device="cpu")(sevens)
+    monkeypatch.setattr("hopkit.record.Recorder.record", lambda self: pytest.fail("rehearsed"))
+    with torch.no_grad():
+        torch.testing.assert_close(op(torch.sin, torch.ones(2)), torch.full((2,), 7.0))
+
+
+def test_a_kernel_may_ask_what_a_subgraph_closes_over(op: Scaled) -> None:
+    seen: list[object] = []
+
+    @op.rule("device")
+    def kernel(body: hopkit.Subgraph, x: Tensor, scale: float = 2.0) -> Tensor:
+        seen.extend(getattr(body, "captures"))  # noqa: B009 # a subgraph has captures where a rule gets it
+        return scale * body(x)
+
+    w = torch.tensor([2.0, 3.0])
+    with torch.no_grad():
+        torch.testing.assert_close(op(lambda y: y * w, torch.ones(2)), 2 * w)
+    assert len(seen) == 1
+    assert seen[0] is w
+
+
+def test_a_kernel_of_another_device_is_not_called(op: Scaled) -> None:
+    op.rule("device", device="cuda")(sevens)
+    with torch.no_grad():
+        torch.testing.assert_close(op(torch.sin, torch.ones(2)), 2 * torch.ones(2).sin())
+
+
+def test_a_kernel_that_declines_leaves_it_to_the_body(op: Scaled) -> None:
+    @op.rule("device")
+    def kernel(body: hopkit.Subgraph, x: Tensor, scale: float = 2.0) -> Tensor:
+        raise Decline("not today")
+
+    with torch.no_grad():
+        torch.testing.assert_close(op(torch.sin, torch.ones(2)), 2 * torch.ones(2).sin())

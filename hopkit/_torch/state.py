@@ -102,6 +102,16 @@ def overridden() -> bool:
     )
 
 
+def only_device(values: Iterable[object]) -> str:
+    """The device type of all these tensors, or "" where they have several, no values, or more to them than values."""
+    devices: set[str] = set()
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            ordinary = type(value) in (torch.Tensor, torch.nn.Parameter) and value.layout is torch.strided
+            devices.add(value.device.type if ordinary and not (value.is_nested or value.is_meta) else "")
+    return devices.pop() if len(devices) == 1 else ""
+
+
 def foreign(value: object) -> bool:
     """Whether this is a tensor subclass that wants to see the inside of an op."""
     return isinstance(value, torch.Tensor) and type(value) not in _KNOWN and is_traceable_wrapper_subclass(value)

@@ -19,7 +19,7 @@ LAYERS = [
     ["binding", "codec", "rule"],
     ["hookspecs", "layout", "parameters"],
     ["manager", "record", "transform"],
-    ["call", "resolve"],
+    ["call", "live", "resolve"],
     ["extend", "handwritten"],
     ["install", "rules"],
     ["op"],
