@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils import _pytree as pytree
 
 import hopkit
 from hopkit import Op, Subgraph
+from hopkit._torch import trees
 from hopkit.op import AnyOp
 
 Function = Callable[..., object]
@@ -56,7 +56,7 @@ def same(got: object, want: object) -> None:
 
 
 def _detached(value: object) -> object:
-    return pytree.tree_map_only(Tensor, torch.Tensor.detach, value)
+    return trees.map_only(Tensor, torch.Tensor.detach, value)
 
 
 def trained(function: Function, *, second: bool = False) -> Function:
@@ -74,6 +74,6 @@ def trained(function: Function, *, second: bool = False) -> Function:
 
 
 def _slopes(outputs: object, sources: Sequence[Tensor], *, create_graph: bool = False) -> Sequence[Tensor | None]:
-    results = [t for t in pytree.tree_leaves(outputs) if isinstance(t, Tensor) and t.requires_grad]
+    results = [t for t in trees.leaves(outputs) if isinstance(t, Tensor) and t.requires_grad]
     weights = [torch.linspace(0.5, 1.5, t.numel()).reshape(t.shape).to(t.dtype) for t in results]
     return torch.autograd.grad(results, sources, weights, create_graph=create_graph, allow_unused=True)

