@@ -16,7 +16,8 @@ from hopkit._torch.fakes import Stage
 from hopkit._torch.watch import Same, Substitute, Watch, custom_backward, sources
 from hopkit.codec import Slot
 from hopkit.layout import Layout
-from hopkit.record import Graph, run_or_examples, variable_name
+from hopkit.probe import Graph, variable_name
+from hopkit.record import run_or_examples
 from hopkit.spec import Kind, OpSpec
 
 GraphLike = Callable[..., object]

@@ -19,7 +19,8 @@ from hopkit._torch.operator import Operator
 from hopkit._torch.operator import Place as TorchPlace
 from hopkit.call import Call
 from hopkit.errors import no_gradient
-from hopkit.record import Recorder, Unrecordable, plain_form, run_or_examples
+from hopkit.probe import Unrecordable
+from hopkit.record import Recorder, plain_form, run_or_examples
 from hopkit.rule import Answer, Place, Table, ask
 from hopkit.spec import Kind, OpSpec
 

@@ -1,0 +1,195 @@
+"""Stand-ins for subgraphs, and the closed graphs that become of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol, cast
+
+import torch
+
+from hopkit._torch import sizes, trees
+from hopkit._torch.watch import Same, Substitute
+from hopkit.errors import HopkitWarning, PropertyError, SubgraphError
+from hopkit.layout import Meta, Slots, Variant, fill
+from hopkit.spec import OpSpec
+
+MOST_SIGNATURES = 64
+"""How many graphs one node may carry; a call that needs more decomposes."""
+
+
+class Unrecordable(Exception):
+    """The call cannot be one node of a graph; running the body in its place is right.
+
+    Args:
+        reason: Why not.
+        property_: What to declare in `define`, if that would help.
+        declared: The op's author said that this would happen.
+    """
+
+    def __init__(self, reason: str, property_: str = "", *, declared: bool = False) -> None:
+        super().__init__(reason)
+        self.reason, self.property, self.declared = reason, property_, declared
+
+    def report(self, spec: OpSpec) -> None:
+        """Warn that the call decomposes; under ``HOPKIT_STRICT=1`` raise instead. What is declared is no news."""
+        if self.declared:
+            return
+        todo = f"Declare `{self.property}` in define" if self.property else "Change the subgraph, or live with it"
+        if os.environ.get("HOPKIT_STRICT", "0") not in ("", "0"):
+            raise PropertyError(
+                f"op '{spec.name}'", self.reason, why="a node of a graph must be a function of its inputs", todo=todo
+            )
+        warnings.warn(
+            f"op '{spec.name}' is not kept in the graph, its body is recorded in its place: {self.reason}. {todo}.",
+            HopkitWarning,
+            stacklevel=4,
+        )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Graph:
+    """One subgraph on one signature, closed: every tensor it uses is an input.
+
+    Args:
+        function: The author's callable.
+        takes: As in `Variant`.
+        captured: The outside values it uses; the inputs after the slots of ``takes`` stand in for them.
+        key: Equal for graphs that would be traced to the same code.
+    """
+
+    function: Callable[..., object]
+    takes: object
+    slots: int
+    captured: tuple[object, ...]
+    key: tuple[object, ...]
+
+    def __call__(self, *inputs: object) -> tuple[object, ...]:
+        stand_ins = {identity(old): new for old, new in zip(self.captured, inputs[self.slots :], strict=True)}
+        args, kwargs = cast("tuple[tuple[object, ...], dict[str, object]]", fill(self.takes, inputs))
+        with Substitute(lambda value: stand_ins.get(identity(value), value)) as mode:
+            result = self.function(*args, **kwargs)
+        outputs = Slots(unique=False)
+        outputs.split(mode.replaced(result))
+        return tuple(outputs.inputs)
+
+
+def identity(value: object) -> object:
+    """What a tensor, or a symbolic number, is looked up by."""
+    return id(value) if isinstance(value, torch.Tensor) else str(value)
+
+
+class Rehearsal(Protocol):
+    """The rehearsal that a probe is part of."""
+
+    spec: OpSpec
+    inputs: list[object]
+
+    def run(
+        self,
+        function: Callable[..., object],
+        args: Sequence[object],
+        kwargs: Mapping[str, object],
+        inputs: Sequence[object],
+    ) -> tuple[object, list[int], tuple[object, ...]]:
+        """Call a subgraph, with stand-ins in place of what it takes from outside.
+
+        Returns:
+            Its result; the numbers of the outside values; its steps, equal where the same is done to other values.
+        """
+
+
+class Probe:
+    """Stands in for a subgraph while its op's body is rehearsed."""
+
+    def __init__(self, recorder: Rehearsal, name: str, function: Callable[..., object]) -> None:
+        self._recorder, self.name, self.function = recorder, name, function
+        self.calls: list[_Seen] = []
+
+    def __call__(self, *args: object, **kwargs: object) -> object:
+        slots = Slots(unique=False)
+        takes = slots.split((args, kwargs))
+        result, used, steps = self._recorder.run(self.function, args, kwargs, slots.inputs)
+        gives = Slots(unique=False).split(self._checked(result))
+        self.calls = self._merged([*self.calls, _Seen(takes, tuple(slots.inputs), used, steps, gives)])
+        return result
+
+    def _merged(self, calls: Sequence[_Seen]) -> list[_Seen]:
+        """One call per signature. Signatures can become one afterwards, when a symbolic size turns out to be fixed."""
+        merged: list[_Seen] = []
+        for call in calls:
+            known = next((m for m in merged if (m.takes, m.metas) == (call.takes, call.metas)), None)
+            if known is None:
+                merged.append(call)
+            elif (known.used, known.steps, known.gives) != (call.used, call.steps, call.gives):
+                raise Unrecordable(f"subgraph '{self.name}' does something else when it is called again")
+        if len(merged) > MOST_SIGNATURES:
+            raise Unrecordable(f"subgraph '{self.name}' is called on more than {MOST_SIGNATURES} different signatures")
+        return merged
+
+    def _checked(self, result: object) -> object:
+        for leaf in trees.leaves(result):
+            if not (leaf is None or isinstance(leaf, _CARRIED)):
+                raise SubgraphError(
+                    f"subgraph '{self.name}' of op '{self._recorder.spec.name}'",
+                    f"returned a {type(leaf).__qualname__}: {leaf!r}",
+                    why="what a subgraph returns becomes outputs of a graph",
+                    todo="Return a pytree (tuple, list, dict, named tuple, registered dataclass) of tensors or numbers",
+                )
+        return result
+
+    def close(self, first: int) -> tuple[list[Graph], tuple[Variant, ...]]:
+        """The graphs of this subgraph, numbered from ``first``, and what the layout says of them."""
+        graphs: list[Graph] = []
+        variants: list[Variant] = []
+        for call in self._merged(self.calls):
+            captured = tuple(self._recorder.inputs[i] for i in call.used)
+            key = (Same(self.function), repr(call.takes), len(call.used), call.steps)
+            variants.append(Variant(first + len(graphs), call.takes, call.metas, tuple(call.used), call.gives))
+            graphs.append(Graph(self.function, call.takes, len(call.inputs), captured, key))
+        return graphs, tuple(variants)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Seen:
+    """One call of a subgraph: what it took, which inputs of the op it used besides, what it did and gave."""
+
+    takes: object
+    inputs: tuple[object, ...]
+    used: list[int]
+    steps: tuple[object, ...]
+    gives: object
+
+    @property
+    def metas(self) -> tuple[Meta, ...]:
+        return tuple(map(Meta.of, self.inputs))
+
+
+_CARRIED = (torch.Tensor, *sizes.SYMBOLIC, int, float, bool, complex)
+
+
+def variable_name(function: Callable[..., object], value: object) -> str:
+    """What ``function`` calls a value that it closes over."""
+    owner = getattr(function, "__self__", function)
+    if isinstance(owner, torch.nn.Module):
+        for name, tensor in (*owner.named_parameters(), *owner.named_buffers()):
+            if tensor is value:
+                return name
+    code, cells = getattr(function, "__code__", None), getattr(function, "__closure__", None) or ()
+    for name, cell in zip(code.co_freevars if code else (), cells, strict=True):
+        held = cell.cell_contents
+        if held is value:
+            return str(name)
+        if isinstance(held, torch.nn.Module):
+            inner = variable_name(held, value)
+            if inner != _UNNAMED:
+                return f"{name}.{inner}"
+    for name in code.co_names if code else ():
+        if function.__globals__.get(name) is value:
+            return str(name)
+    return _UNNAMED
+
+
+_UNNAMED = "a tensor"
