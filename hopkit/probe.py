@@ -81,7 +81,7 @@ def identity(value: object) -> object:
     return id(value) if isinstance(value, torch.Tensor) else str(value)
 
 
-class Rehearsal(Protocol):
+class Rehearsing(Protocol):
     """The rehearsal that a probe is part of."""
 
     spec: OpSpec
@@ -104,7 +104,7 @@ class Rehearsal(Protocol):
 class Probe:
     """Stands in for a subgraph while its op's body is rehearsed."""
 
-    def __init__(self, recorder: Rehearsal, name: str, function: Callable[..., object]) -> None:
+    def __init__(self, recorder: Rehearsing, name: str, function: Callable[..., object]) -> None:
         self._recorder, self.name, self.function = recorder, name, function
         self.calls: list[_Seen] = []
 
