@@ -26,9 +26,9 @@ GraphLike = Callable[..., object]
 class Target(Protocol):
     """The operator that torch sees."""
 
-    def __call__(self, *args: object, **kwargs: object) -> object: ...
+    def __call__(self, /, *args: object, **kwargs: object) -> object: ...
 
-    def redispatch(self, *args: object, **kwargs: object) -> object:
+    def redispatch(self, /, *args: object, **kwargs: object) -> object:
         """Let the rule of the next mode answer."""
 
 

@@ -53,7 +53,7 @@ def _device(op: str, mode: Mode, answers: Sequence[Answer], decode: Decode) -> d
 def _fake(op: str, mode: Mode, answers: Sequence[Answer], decode: Decode) -> dict[Key, Kernel]:
     rules = _rules(answers)
 
-    def kernel(fake_mode: FakeMode, *args: object, **kwargs: object) -> object:
+    def kernel(fake_mode: FakeMode, /, *args: object, **kwargs: object) -> object:
         call = decode(*args, **kwargs)
         # A weight that a subgraph closes over may be real where the operands are fake.
         call = call.replace(inputs=[in_mode(value, fake_mode) for value in call.inputs])
@@ -91,13 +91,15 @@ def _on_calls(rule: object) -> Function:
 
 def _functionalize(op: str, mode: Mode, answers: Sequence[Answer], decode: Decode) -> dict[Key, Kernel]:
     rules = _rules(answers)
-    return functional.kernels(lambda layer, *args, **kwargs: ask(op, mode.name, rules, layer, decode(*args, **kwargs)))
+    return functional.kernels(
+        lambda layer, /, *args, **kwargs: ask(op, mode.name, rules, layer, decode(*args, **kwargs))
+    )
 
 
 def _proxy(op: str, mode: Mode, answers: Sequence[Answer], decode: Decode) -> dict[Key, Kernel]:
     rules = _rules(answers)
 
-    def kernel(proxy_mode: ProxyMode, *args: object, **kwargs: object) -> object:
+    def kernel(proxy_mode: ProxyMode, /, *args: object, **kwargs: object) -> object:
         call = decode(*args, **kwargs)
         return ask(op, mode.name, rules, Tracer(proxy_mode, call.inputs), call)
 
@@ -109,7 +111,7 @@ def _added(op: str, mode: Mode, answers: Sequence[Answer], decode: Decode) -> di
     rules = _rules(answers)
     entry = cast("Key", mode.entry)
     if keys.is_dispatch_mode(entry):
-        return {entry: lambda active, *args, **kwargs: ask(op, mode.name, rules, active, decode(*args, **kwargs))}
+        return {entry: lambda active, /, *args, **kwargs: ask(op, mode.name, rules, active, decode(*args, **kwargs))}
     return {entry: lambda *args, **kwargs: ask(op, mode.name, rules, entry, decode(*args, **kwargs))}
 
 

@@ -20,7 +20,7 @@ class Live:
         """The values that the subgraph closes over, each once. Asking for them rehearses the call."""
         return self._captures()
 
-    def __call__(self, *args: object, **kwargs: object) -> object:
+    def __call__(self, /, *args: object, **kwargs: object) -> object:
         return self._function(*args, **kwargs)
 
 

@@ -82,7 +82,7 @@ class Op(Generic[P, R]):
         self._kernels: tuple[Answer, ...] = ()
         functools.update_wrapper(self, spec.body)
 
-    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+    def __call__(self, /, *args: P.args, **kwargs: P.kwargs) -> R:
         if compiling():  # Dynamo reads this code, and goes on to the body
             return self._body(*args, **kwargs)
         if self._transparent and state.quiet() and binding.passes(self._checks, args, kwargs):
@@ -232,7 +232,7 @@ class Op(Generic[P, R]):
 
     # -- the way in, as a node of a graph ----------------------------------------------------------------------------
 
-    def _enter_flat(self, *args: object, **kwargs: object) -> object:
+    def _enter_flat(self, /, *args: object, **kwargs: object) -> object:
         if self._load is not None:
             self._load()
         if args and state.symbolic(args[-1]):
@@ -244,10 +244,10 @@ class Op(Generic[P, R]):
             return self.operator.redispatch(*args, **kwargs)
         return self._in_place(call.like_body if rehearsing() else call.run, call.inputs)
 
-    def _run_flat(self, *args: object, **kwargs: object) -> object:
+    def _run_flat(self, /, *args: object, **kwargs: object) -> object:
         return self._decode(*args, **kwargs).run()
 
-    def _decode(self, *args: object, **kwargs: object) -> Call:
+    def _decode(self, /, *args: object, **kwargs: object) -> Call:
         *graphs, inputs = args
         text = kwargs.pop(layout.KEYWORD, None)
         known = layout.loads(cast("str", text)) if text is not None else None
@@ -260,7 +260,7 @@ class Op(Generic[P, R]):
             known,
         )
 
-    def _schema(self, *args: object, **kwargs: object) -> object:
+    def _schema(self, /, *args: object, **kwargs: object) -> object:
         call = self._decode(*args, **kwargs)
         outputs = trees.leaves(call.rehearsal.outputs)
         mutated = [i for i in range(len(call.inputs)) if call.parameter(i) in self.spec.mutates]

@@ -108,7 +108,7 @@ class Probe:
         self._recorder, self.name, self.function = recorder, name, function
         self.calls: list[_Seen] = []
 
-    def __call__(self, *args: object, **kwargs: object) -> object:
+    def __call__(self, /, *args: object, **kwargs: object) -> object:
         slots = Slots(unique=False)
         takes = slots.split((args, kwargs))
         result, used, steps = self._recorder.run(self.function, args, kwargs, slots.inputs)

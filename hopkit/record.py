@@ -20,7 +20,7 @@ from hopkit._torch.state import autocasting, functionalizing, is_tracked
 from hopkit._torch.watch import Substitute, Watch, wiring
 from hopkit.codec import Slot
 from hopkit.errors import CaptureError, DataDependentError
-from hopkit.layout import Layout, Meta, Slots, Variant, fill
+from hopkit.layout import KEYWORD, Layout, Meta, Slots, Variant, fill
 from hopkit.probe import Graph, Probe, Unrecordable, identity, variable_name
 from hopkit.spec import Kind, OpSpec
 
@@ -56,7 +56,7 @@ class Recorder:
         slots = Slots()
         self._values = {p.name: slots.split(values[p.name]) for p in spec.of_kind(Kind.OPERAND)}
         options = {p.name: plain_number(values[p.name]) for p in spec.of_kind(Kind.OPTION)}
-        self._options = {name: value for name, value in options.items() if type(value) in _NATIVE}
+        self._options = {name: value for name, value in options.items() if is_keyword(name, value)}
         self._values.update({name: value for name, value in options.items() if name not in self._options})
         self.inputs = slots.inputs
         self._operands = len(self.inputs)
@@ -248,6 +248,13 @@ class Recorder:
 
 
 _NATIVE = (bool, int, float, str, type(None), torch.dtype, torch.device)
+_RESERVED = (KEYWORD, "self", "dispatch_key", "public_api", "relevant_args")
+"""Names that a node's keywords cannot have: hopkit's own, and those of parameters on torch's way to a kernel."""
+
+
+def is_keyword(name: str, value: object) -> bool:
+    """Whether an option can be a keyword of the node as it stands; others are in the layout."""
+    return type(value) in _NATIVE and name not in _RESERVED
 
 
 def plain_number(option: object) -> object:
@@ -269,7 +276,7 @@ def plain_form(
     if not subgraph.graph_only or operand.kind is not Kind.OPERAND or any(p.kind is not Kind.OPTION for p in options):
         return None
     inputs, chosen = values[operand.name], {p.name: plain_number(values[p.name]) for p in options}
-    if not trees.is_flat(inputs) or any(type(v) not in _NATIVE for v in chosen.values()):
+    if not trees.is_flat(inputs) or not all(is_keyword(name, value) for name, value in chosen.items()):
         return None
     return values[subgraph.name], cast("tuple[object, ...]", inputs), chosen
 

@@ -75,7 +75,7 @@ Table = Mapping[str, tuple[Answer, ...]]
 """For every mode, who answers, first to last."""
 
 
-def ask(op: str, mode: str, rules: Sequence[Callable[..., object]], *args: object, **kwargs: object) -> object:
+def ask(op: str, mode: str, rules: Sequence[Callable[..., object]], /, *args: object, **kwargs: object) -> object:
     """What the first rule that does not decline gives.
 
     Raises:

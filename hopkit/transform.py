@@ -40,7 +40,7 @@ class Replayed:
         """The values that the subgraph closes over, each once."""
         return tuple(self._inputs[i] for i in dict.fromkeys(i for v in self._variants for i in v.captures))
 
-    def __call__(self, *args: object, **kwargs: object) -> object:
+    def __call__(self, /, *args: object, **kwargs: object) -> object:
         leaves, tree = trees.flatten((args, kwargs))
         for variant in self._variants:
             slots = variant.match(leaves, tree, self._symbols)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -165,3 +166,21 @@ def test_a_vanished_op_leaves_no_node() -> None:
         graph = record(lambda x: twice(torch.sin, x), X)
     assert nodes(graph, twice) == 0
     same(graph(W), W.sin().sin())
+
+
+@pytest.mark.parametrize(
+    "name", ["mode", "op", "rules", "layer", "args", "self", "dispatch_key", "hopkit", "public_api"]
+)
+def test_an_option_may_have_any_name(name: str) -> None:
+    scope: dict[str, object] = {"Subgraph": Subgraph, "Tensor": Tensor}
+    exec(f"def body(f: Subgraph, x: Tensor, /, *, {name}: float = 1.0) -> Tensor: return f(x) * {name}", scope)
+    op: Any = hopkit.define("t_named")(scope["body"])  # type: ignore[arg-type] # a body made of text
+    x = torch.tensor([1.0, 2.0], requires_grad=True)
+
+    def step(x: Tensor) -> Tensor:
+        return torch.autograd.grad(op(torch.sin, x, **{name: 3.0}).sum(), x)[0]
+
+    same(op(torch.sin, x, **{name: 3.0}), 3 * x.sin())
+    same(make_fx(step)(x)(x), 3 * x.cos())
+    same(make_fx(step, tracing_mode="symbolic")(x)(x), 3 * x.cos())
+    same(make_fx(torch.func.functionalize(lambda x: op(torch.sin, x, **{name: 3.0})))(X)(X), 3 * X.sin())

@@ -38,8 +38,8 @@ def kernels(rule: Callable[..., object]) -> dict[Key, Kernel]:
     """``rule(functionalizer, *args)`` under torch's three entries."""
     return {
         DispatchKey.Functionalize: lambda *args, **kwargs: rule(CppFunctionalizeAPI(), *args, **kwargs),
-        FunctionalTensorMode: lambda mode, *args, **kwargs: rule(PythonFunctionalizeAPI(mode), *args, **kwargs),
-        TransformType.Functionalize: lambda layer, *args, **kwargs: rule(
+        FunctionalTensorMode: lambda mode, /, *args, **kwargs: rule(PythonFunctionalizeAPI(mode), *args, **kwargs),
+        TransformType.Functionalize: lambda layer, /, *args, **kwargs: rule(
             FunctorchFunctionalizeAPI(layer), *args, **kwargs
         ),
     }

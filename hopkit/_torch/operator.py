@@ -28,11 +28,11 @@ class Operator(HigherOrderOperator):
         for key in (DispatchKey.Conjugate, DispatchKey.Negative, DispatchKey.ZeroTensor):
             self.fallthrough(key)  # type: ignore[no-untyped-call] # torch's own
 
-    def __call__(self, *args: object, **kwargs: object) -> object:
+    def __call__(self, /, *args: object, **kwargs: object) -> object:
         """Enter as a graph does: in place where nothing asks for the op, through torch's dispatcher otherwise."""
         return self._enter(*args, **kwargs)
 
-    def redispatch(self, *args: object, **kwargs: object) -> object:
+    def redispatch(self, /, *args: object, **kwargs: object) -> object:
         """Through torch's dispatcher: the next key's kernel answers."""
         return super().__call__(*args, **kwargs)  # type: ignore[no-untyped-call] # torch's own
 
@@ -54,7 +54,7 @@ class Operator(HigherOrderOperator):
         kinds = {type(leaf) for leaf in trees.leaves(args) if isinstance(leaf, torch.Tensor)}
         return any(kind in self.python_key_table or kind is torch._subclasses.FakeTensor for kind in kinds)
 
-    def gen_schema(self, *args: object, **kwargs: object) -> object:
+    def gen_schema(self, /, *args: object, **kwargs: object) -> object:
         """The schema of this call (torch/_higher_order_ops/schema.py)."""
         return self._schema_of(*args, **kwargs)
 
