@@ -50,6 +50,13 @@ def key_of(graph: GraphLike) -> tuple[object, ...]:
     return graph.key if isinstance(graph, Graph) else (Same(graph),)
 
 
+def with_gradients(graph: GraphLike) -> bool:
+    """Whether a graph is to be traced with gradients on, as its op was called."""
+    if isinstance(graph, Pure):
+        return with_gradients(graph.plain)
+    return not isinstance(graph, Graph) or graph.gradients
+
+
 @dataclasses.dataclass(frozen=True)
 class Rehearsal:
     """What a call does, learnt on stand-ins.

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, cast
 
 from hopkit._torch import functional, keys
-from hopkit._torch.fakes import FakeMode, in_mode, run_in_mode
+from hopkit._torch.fakes import FakeMode, autograd_on, in_mode, run_in_mode
 from hopkit._torch.operator import Kernel, Key
 from hopkit._torch.tracing import ProxyMode, Tracer
 from hopkit.call import Call
@@ -41,7 +41,8 @@ def _device(op: str, mode: Mode, answers: Sequence[Answer], decode: Decode) -> d
         def kernel(*args: object, **kwargs: object) -> object:
             call = decode(*args, **kwargs)
             # A transform of the op is a transform of its body: a kernel written for the op is not its derivative.
-            return call.run(None if call.transformed else lambda *a, **k: ask(op, mode.name, rules, *a, **k))
+            with autograd_on():  # a body may differentiate something itself
+                return call.run(None if call.transformed else lambda *a, **k: ask(op, mode.name, rules, *a, **k))
 
         return kernel
 

@@ -126,10 +126,11 @@ class Kit:
         return op
 
     def _check_name(self, name: str, replace: bool) -> None:
-        if not (name.isascii() and name.isidentifier()) or keyword.iskeyword(name):
+        usable = name.isascii() and name.isidentifier() and not keyword.iskeyword(name)
+        if not usable or name.startswith("_"):
             raise SpecError(
                 f"op {name!r}",
-                "has a name that is no identifier",
+                "has a name that starts with an underscore" if usable else "has a name that is no identifier",
                 why="torch knows the op as torch.ops.higher_order.<name>",
                 todo="Use ASCII letters, digits and underscores, and prefix the name with your package",
             )

@@ -52,15 +52,17 @@ class Meta:
         shape = [codec.evaluate(d, symbols) or 1 if isinstance(d, str) else d for d in self.shape]
         return shape[0] if self.dtype is None else torch.empty(shape, dtype=self.dtype, device=self.device)
 
-    def fits(self, value: object, symbols: Mapping[str, int]) -> bool:
-        """Whether ``value`` is what was recorded."""
+    def fits(self, value: object, symbols: Mapping[str, int], *, surely: bool) -> bool:
+        """Whether ``value`` is what was recorded; sizes that nobody knows fit, unless this must be sure."""
         if isinstance(value, torch.Tensor):
             if value.dtype != self.dtype or value.device.type != self.device:
                 return False
         elif self.dtype is not None:
             return False
         actual = _sizes(value)
-        return len(actual) == len(self.shape) and all(map(functools.partial(_same, symbols), self.shape, actual))
+        return len(actual) == len(self.shape) and all(
+            map(functools.partial(_same, symbols, surely), self.shape, actual)
+        )
 
     def __str__(self) -> str:
         shape = ", ".join(map(str, self.shape))
@@ -71,9 +73,9 @@ def _sizes(value: object) -> Sequence[int]:
     return value.shape if isinstance(value, torch.Tensor) else (cast("int", value),)
 
 
-def _same(symbols: Mapping[str, int], dim: Dim, size: int) -> bool:
+def _same(symbols: Mapping[str, int], surely: bool, dim: Dim, size: int) -> bool:
     expected = codec.evaluate(dim, symbols) if isinstance(dim, str) else dim
-    return expected is None or sizes.equal(expected, size)
+    return not surely if expected is None else sizes.equal(expected, size, surely=surely)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +101,9 @@ class Variant:
         """A variant that takes ``inputs`` and has no graph: for comparing, and for messages."""
         return cls(-1, None, tuple(map(Meta.of, inputs)), (), None)
 
-    def match(self, leaves: Sequence[object], tree: trees.Tree, symbols: Mapping[str, int]) -> list[object] | None:
+    def match(
+        self, leaves: Sequence[object], tree: trees.Tree, symbols: Mapping[str, int], *, surely: bool
+    ) -> list[object] | None:
         """The graph's inputs among the leaves of a call, or None where this was not recorded for it."""
         expected, structure = trees.flatten(self.takes)
         if tree != structure:
@@ -107,7 +111,7 @@ class Variant:
         slots: list[object] = []
         for want, leaf in zip(expected, leaves, strict=True):
             if isinstance(want, Slot):
-                if not self.metas[want.index].fits(leaf, symbols):
+                if not self.metas[want.index].fits(leaf, symbols, surely=surely):
                     return None
                 slots.append(leaf)
             elif type(want) is not type(leaf) or want != leaf:

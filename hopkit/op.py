@@ -19,7 +19,7 @@ from hopkit._torch.operator import Operator
 from hopkit._torch.operator import Place as TorchPlace
 from hopkit.call import Call
 from hopkit.errors import no_gradient
-from hopkit.probe import Unrecordable
+from hopkit.probe import Unrecordable, Unrehearsable
 from hopkit.record import Recorder, plain_form, run_or_examples
 from hopkit.rule import Answer, Place, Table, ask
 from hopkit.spec import Kind, OpSpec
@@ -172,14 +172,20 @@ class Op(Generic[P, R]):
             kernels = [cast("Callable[..., object]", a.rule) for a in self._kernels if a.device in ("", device)]
             arguments, keywords = self.spec.arguments(live.values(self.spec, values))
             return ask(self.spec.name, "device", kernels, *arguments, **keywords)
+        unrehearsable: Unrecordable | None = None
         if self._asked(operands):
             try:
                 return self._dispatch(values)
+            except Unrehearsable as reason:
+                unrehearsable = reason  # if the fault is the author's, the body says so itself
             except Unrecordable as reason:
                 reason.report(self.spec)
         if rehearsing():
             return self._in_place(lambda: run_or_examples(self.spec, values), (args, kwargs))
-        return self._in_place(lambda: self._body(*args, **kwargs), (args, kwargs))
+        result = self._in_place(lambda: self._body(*args, **kwargs), (args, kwargs))
+        if unrehearsable is not None:
+            unrehearsable.report(self.spec)
+        return result
 
     def _undisturbed(self) -> bool:
         """Whether nothing records, differentiates or transforms: then a kernel is all that a call needs."""
@@ -192,7 +198,10 @@ class Op(Generic[P, R]):
         if self.spec.name in _vanished.get() or (rehearsing() and keys.FAKE not in self._asking):
             return False
         if state.recording():
-            return not (state.overridden() or any(state.foreign(leaf) for leaf in trees.leaves(operands)))
+            # A graph knows an operator by its name alone, which another op may have taken.
+            return self.place.holds(self.operator) and not (
+                state.overridden() or any(state.foreign(leaf) for leaf in trees.leaves(operands))
+            )
         if state.transforming() or state.forward_mode():
             return False
         if self._eager or self._backends:

@@ -49,6 +49,10 @@ class Unrecordable(Exception):
         )
 
 
+class Unrehearsable(Unrecordable):
+    """The body, or a subgraph, raised something on stand-ins."""
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Graph:
     """One subgraph on one signature, closed: every tensor it uses is an input.
@@ -58,6 +62,7 @@ class Graph:
         takes: As in `Variant`.
         captured: The outside values it uses; the inputs after the slots of ``takes`` stand in for them.
         key: Equal for graphs that would be traced to the same code.
+        gradients: Whether gradients were on where the op was called; the callable may ask.
     """
 
     function: Callable[..., object]
@@ -65,6 +70,7 @@ class Graph:
     slots: int
     captured: tuple[object, ...]
     key: tuple[object, ...]
+    gradients: bool
 
     def __call__(self, *inputs: object) -> tuple[object, ...]:
         stand_ins = {identity(old): new for old, new in zip(self.captured, inputs[self.slots :], strict=True)}
@@ -146,9 +152,10 @@ class Probe:
         variants: list[Variant] = []
         for call in self._merged(self.calls):
             captured = tuple(self._recorder.inputs[i] for i in call.used)
-            key = (Same(self.function), repr(call.takes), len(call.used), call.steps)
+            gradients = torch.is_grad_enabled()
+            key = (Same(self.function), repr(call.takes), len(call.used), call.steps, gradients)
             variants.append(Variant(first + len(graphs), call.takes, call.metas, tuple(call.used), call.gives))
-            graphs.append(Graph(self.function, call.takes, len(call.inputs), captured, key))
+            graphs.append(Graph(self.function, call.takes, len(call.inputs), captured, key, gradients))
         return graphs, tuple(variants)
 
 

@@ -16,12 +16,12 @@ import torch
 from hopkit._torch import sizes, trees
 from hopkit._torch.autograd import needs_gradient, tied
 from hopkit._torch.fakes import Stage, same_storage
-from hopkit._torch.state import autocasting, functionalizing, is_tracked
+from hopkit._torch.state import autocasting, functionalizing, is_tracked, tracked
 from hopkit._torch.watch import Substitute, Watch, wiring
 from hopkit.codec import Slot
-from hopkit.errors import CaptureError, DataDependentError
+from hopkit.errors import CaptureError, DataDependentError, HopkitError
 from hopkit.layout import KEYWORD, Layout, Meta, Slots, Variant, fill
-from hopkit.probe import Graph, Probe, Unrecordable, identity, variable_name
+from hopkit.probe import Graph, Probe, Unrecordable, Unrehearsable, identity, variable_name
 from hopkit.spec import Kind, OpSpec
 
 
@@ -65,7 +65,7 @@ class Recorder:
         self._stage = Stage(self.inputs)
         self._only_inputs = functionalizing()
         self._fakes: list[object] = []
-        self._watch = Watch()
+        self._watch = Watch(tracked())
         self._inside: set[int] = set()  # the steps of subgraphs; the others are the body's own
         self._probes = {
             p.name: [Probe(self, name, f) for name, f in subgraphs(p.name, values[p.name])]
@@ -96,12 +96,17 @@ class Recorder:
 
     @contextlib.contextmanager
     def _rehearsed(self) -> Iterator[object]:
-        with self._stage.open():
+        with self._stage.open(gradients=torch.is_grad_enabled()):
             self._fakes.extend(map(self._fake, self.inputs))
-            with self._watch:
-                result = self._rehearse()
+            try:
+                with self._watch:
+                    result = self._rehearse()
+            except (HopkitError, Unrecordable):
+                raise
+            except Exception as error:  # the author's, or one that only stand-ins raise
+                raise Unrehearsable(f"its body cannot be rehearsed ({type(error).__name__}: {error})") from error
             if self._watch.hidden:
-                raise Unrecordable("it uses a tensor that requires a gradient and is neither an operand nor a capture")
+                raise Unrecordable("it uses a tensor from outside that is neither an operand nor a capture")
             if autocasting() and any(
                 self._watch.casts(i) for i in range(len(self._watch.steps)) if i not in self._inside
             ):

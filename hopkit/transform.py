@@ -42,12 +42,14 @@ class Replayed:
 
     def __call__(self, /, *args: object, **kwargs: object) -> object:
         leaves, tree = trees.flatten((args, kwargs))
-        for variant in self._variants:
-            slots = variant.match(leaves, tree, self._symbols)
-            if slots is not None:
-                captures = [self._inputs[i] for i in variant.captures]
-                outputs = cast("Sequence[object]", self._graphs[variant.graph](*slots, *captures))
-                return fill(variant.gives, outputs)
+        # A graph for just these sizes comes before one for sizes that only running the op can tell.
+        for surely in (True, False):
+            for variant in self._variants:
+                slots = variant.match(leaves, tree, self._symbols, surely=surely)
+                if slots is not None:
+                    captures = [self._inputs[i] for i in variant.captures]
+                    outputs = cast("Sequence[object]", self._graphs[variant.graph](*slots, *captures))
+                    return fill(variant.gives, outputs)
         recorded = "; ".join(variant.describe() for variant in self._variants) or "nothing, it was never called"
         found = Slots(unique=False)
         found.split((args, kwargs))

@@ -34,15 +34,19 @@ class Stage:
         self.mode = FakeTensorMode(shape_env=self._shapes, allow_non_fake_inputs=True)
 
     @contextlib.contextmanager
-    def open(self) -> Iterator[None]:
-        """Inside, the body may run: no tracer, transform or functionalization sees it."""
+    def open(self, *, gradients: bool = True) -> Iterator[None]:
+        """Inside, the body may run: no tracer, transform or functionalization sees it.
+
+        Args:
+            gradients: Whether they are on. A subgraph may differentiate something itself, also below autograd.
+        """
         with (
             suspend_functionalization(),
             temporarily_clear_interpreter_stack(),
             _disable_current_modes(),
             _no_function_modes(),
             autograd_on(),
-            torch.enable_grad(),  # a subgraph may differentiate something itself, also below autograd
+            torch.set_grad_enabled(gradients),
             unhooked(),
             self._shapes.ignore_fresh_unbacked_symbols(),
             self.mode,
@@ -143,7 +147,7 @@ def run_in_mode(run: Callable[[], object], mode: FakeTensorMode) -> object:
     """What ``run`` gives in ``mode``. Sizes that come up inside and are not returned are no outputs of an operator."""
     pending = mode.shape_env.pending_fresh_unbacked_symbols if mode.shape_env else []
     before = set(pending)
-    with mode:
+    with mode, autograd_on():
         result = run()
     returned = sizes.symbols(trees.leaves(result))
     pending[:] = [symbol for symbol in pending if symbol in before or symbol in returned]

@@ -83,6 +83,10 @@ class Place:
         self._name = name
         self._before: HigherOrderOperator | None = _higher_order_ops.get(name)
 
+    def holds(self, operator: Operator) -> bool:
+        """Whether ``operator`` is the one of this name: a graph knows it by name alone."""
+        return _higher_order_ops.get(self._name) is operator
+
     def fill(self, operator: Operator | None = None) -> None:
         """Make ``operator`` the one of this name; without one, put back what stood there."""
         entry = operator or self._before

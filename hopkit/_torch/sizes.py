@@ -27,14 +27,14 @@ def describe(size: int) -> int | str:
     return int(expression) if expression.isdigit() else expression
 
 
-def equal(expected: int, size: int) -> bool:
-    """Whether two sizes are equal, taking sizes that nobody knows yet (unbacked) for equal."""
+def equal(expected: int, size: int, *, surely: bool) -> bool:
+    """Whether two sizes are equal. What nobody knows yet (unbacked) counts as equal, unless this must be sure."""
     same = expected == size
     if not isinstance(same, SYMBOLIC):
         return same
-    from torch.fx.experimental.symbolic_shapes import guard_or_true
+    from torch.fx.experimental.symbolic_shapes import guard_or_false, guard_or_true
 
-    return guard_or_true(same)
+    return guard_or_false(same) if surely else guard_or_true(same)
 
 
 def symbols(values: Iterable[object]) -> set[object]:

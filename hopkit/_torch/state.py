@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
+from typing import cast
 
 import torch
 from torch._C import DispatchKey
@@ -11,7 +12,7 @@ from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 from torch.autograd import forward_ad
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.fx.experimental.proxy_tensor import PythonKeyTracer, get_proxy_mode
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import (
@@ -82,6 +83,12 @@ def shapes_only(values: Iterable[object]) -> bool:
 def functionalizing() -> bool:
     """Whether AOTAutograd is at work, which wraps all of its inputs."""
     return any(isinstance(mode, FunctionalTensorMode) for mode in _get_current_dispatch_mode_stack())
+
+
+def tracked() -> Container[torch.Tensor]:
+    """The tensors that the active tracer follows."""
+    mode = get_proxy_mode()
+    return cast("PythonKeyTracer", mode.tracer).tensor_tracker if mode is not None else ()
 
 
 def is_tracked(value: object) -> bool:

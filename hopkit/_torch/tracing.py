@@ -29,7 +29,9 @@ class Tracer:
         self._tracer = cast("PythonKeyTracer", mode.tracer)
         self._fake_mode = detect_fake_mode(inputs)
 
-    def trace(self, name: str, function: Callable[..., object], examples: Sequence[object], key: object) -> GraphModule:
+    def trace(
+        self, name: str, function: Callable[..., object], examples: Sequence[object], key: object, *, gradients: bool
+    ) -> GraphModule:
         """``function`` as a graph, registered under ``name`` (or ``name_1`` ...); equal keys share one graph."""
         known = _traced.setdefault(self._tracer, {})
         if key not in known:
@@ -37,9 +39,8 @@ class Tracer:
             inputs = [
                 fakes.stand_in(e, mode).requires_grad_(False) if isinstance(e, torch.Tensor) else e for e in examples
             ]
-            # A subgraph may differentiate something itself, as torch.autograd.grad does.
             inside = contextlib.nullcontext() if self._fake_mode else mode
-            with inside, fakes.autograd_on(), fakes.unhooked(), torch.enable_grad():
+            with inside, fakes.autograd_on(), fakes.unhooked(), torch.set_grad_enabled(gradients):
                 known[key] = self.register(name, reenter_make_fx(function)(*inputs))
         return cast("GraphModule", getattr(self._tracer.root, known[key]))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 import torch
@@ -73,9 +73,18 @@ _OPAQUE: dict[object, str] = {
             torch.detach,
             torch.Tensor.detach,
             torch.Tensor.detach_,
+            torch.Tensor.new_tensor,
+            torch.ops.aten.detach,
+            torch.ops.aten.detach.default,
+            torch.ops.aten.detach_,
+            torch.ops.aten.detach_.default,
             torch.Tensor.data.__get__,  # type: ignore[attr-defined] # a property of C
         ),
         "a part of it is detached",
+    ),
+    **dict.fromkeys(
+        (torch.Tensor.requires_grad.__get__, torch.Tensor.is_leaf.__get__),  # type: ignore[attr-defined] # as above
+        "it asks whether a tensor requires a gradient",
     ),
 }
 
@@ -110,8 +119,9 @@ class Watch(TorchDispatchMode):
 
     supports_higher_order_operators = True
 
-    def __init__(self) -> None:
+    def __init__(self, tracked: Container[torch.Tensor] = ()) -> None:
         super().__init__()  # type: ignore[no-untyped-call] # torch's own
+        self._tracked = tracked
         self.random = False
         self.opaque = ""
         self.written: list[torch.Tensor] = []
@@ -129,12 +139,14 @@ class Watch(TorchDispatchMode):
         if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
             self.opaque = "a part of it runs without gradients"
         if isinstance(func, torch._ops.OpOverload):
+            if func is torch.ops.aten.copy_.default:
+                self.opaque = "it copies into a tensor, and functionalized that has no derivative"
             self.random |= torch.Tag.nondeterministic_seeded in func.tags
             if func._schema.is_mutable or func in _WRITE_STATISTICS:
                 self.written.extend(_writes(func, args, kwargs or {}))
         leaves = trees.leaves((args, kwargs))
         # Code that is no Python, such as a scripted module's, uses its tensors where nothing can replace them.
-        self.hidden |= any(isinstance(t, torch.Tensor) and t.requires_grad and not is_stand_in(t) for t in leaves)
+        self.hidden |= any(isinstance(t, torch.Tensor) and not is_stand_in(t) and self._matters(t) for t in leaves)
         result = func(*args, **(kwargs or {}))
         # What gives no tensor asks for a device or a size, and torch asks only where it has not asked before.
         results = trees.leaves(result)
@@ -142,6 +154,10 @@ class Watch(TorchDispatchMode):
         if any(isinstance(leaf, torch.Tensor) for leaf in results):
             self.steps.append((func, leaves, results))
         return result
+
+    def _matters(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor from outside is more than a constant."""
+        return tensor.requires_grad or tensor in self._tracked
 
     def casts(self, step: int) -> bool:
         """Whether step number ``step`` changes a tensor's dtype."""

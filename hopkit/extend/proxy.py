@@ -8,7 +8,7 @@ from typing import Protocol
 from torch.fx import GraphModule
 
 from hopkit._torch.tracing import Tracer
-from hopkit.call import Call, GraphLike, key_of
+from hopkit.call import Call, GraphLike, key_of, with_gradients
 from hopkit.layout import Meta
 
 __all__ = ["ProxyRule", "Tracer", "node", "trace"]
@@ -23,7 +23,7 @@ class ProxyRule(Protocol):
 def trace(tracer: Tracer, name: str, graph: GraphLike, examples: Sequence[object]) -> GraphModule:
     """``graph`` as a submodule of the graph being recorded; what was traced before in the same way is shared."""
     key = (key_of(graph), *map(Meta.of, examples))
-    return tracer.trace(name, graph, examples, key)
+    return tracer.trace(name, graph, examples, key, gradients=with_gradients(graph))
 
 
 def node(tracer: Tracer, call: Call) -> object:
