@@ -12,6 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import hopkit
 from hopkit import HopkitWarning, SpecError, Subgraph
+from hopkit._torch.fakes import FakeMode
 from tests.recording import define_once, same
 
 pytestmark = pytest.mark.usefixtures("hopkit_fresh")
@@ -150,3 +151,20 @@ def test_names_that_torch_keeps_for_itself(name: str) -> None:
         @hopkit.define(name)
         def op(fn: Subgraph, x: Tensor) -> Tensor:
             return fn(x)
+
+
+def test_autocast_that_sets_a_dtype_in_the_body() -> None:
+    @hopkit.define("t_sum")
+    def total(fn: Subgraph, x: Tensor) -> Tensor:
+        return fn(x).sum()
+
+    with FakeMode():
+        x = torch.empty(4, 4, dtype=torch.float16, device="cuda")
+        torch.set_autocast_enabled("cuda", True)
+        try:
+            want = total(torch.relu, x).dtype
+            with pytest.warns(HopkitWarning, match="autocast changes what the body itself computes"):
+                graph = make_fx(lambda x: total(torch.relu, x))(x)
+        finally:
+            torch.set_autocast_enabled("cuda", False)
+        assert graph(x).dtype == want == torch.float32

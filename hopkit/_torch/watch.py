@@ -7,6 +7,7 @@ from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Se
 from typing import TypeVar
 
 import torch
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -50,7 +51,10 @@ class Substitute(TorchFunctionMode):
         if not isinstance(func, torch._ops.OpOverload) and getattr(func, "__name__", "") != "__get__":
             self.steps.append((func, *map(_constant, trees.leaves((args, dict(kwargs or {}))))))
         args, named = self.replaced((args, dict(kwargs or {})))
-        self.opaque = _OPAQUE.get(func, "") or self.opaque
+        # torch.func asks its own wrappers; the answer is the same whatever is traced.
+        wrapped = isinstance(args[0], torch.Tensor) and is_functorch_wrapped_tensor(args[0]) if args else False
+        if not (wrapped and func in _ASKED):
+            self.opaque = _OPAQUE.get(func, "") or self.opaque
         return func(*args, **named)
 
     def replaced(self, value: T) -> T:
@@ -64,6 +68,8 @@ class Substitute(TorchFunctionMode):
             return slice(*map(self._leaf, (leaf.start, leaf.stop, leaf.step)))
         return leaf
 
+
+_ASKED = (torch.Tensor.requires_grad.__get__, torch.Tensor.is_leaf.__get__)  # type: ignore[attr-defined] # properties
 
 # make_fx of 2.14 writes detach as an alias, which has a gradient; a hook is in no graph.
 _OPAQUE: dict[object, str] = {
@@ -82,10 +88,7 @@ _OPAQUE: dict[object, str] = {
         ),
         "a part of it is detached",
     ),
-    **dict.fromkeys(
-        (torch.Tensor.requires_grad.__get__, torch.Tensor.is_leaf.__get__),  # type: ignore[attr-defined] # as above
-        "it asks whether a tensor requires a gradient",
-    ),
+    **dict.fromkeys(_ASKED, "it asks whether a tensor requires a gradient"),
 }
 
 _REPLACED = (torch.Tensor, torch.SymInt, torch.SymFloat)
@@ -160,8 +163,9 @@ class Watch(TorchDispatchMode):
         return tensor.requires_grad or tensor in self._tracked
 
     def casts(self, step: int) -> bool:
-        """Whether step number ``step`` changes a tensor's dtype."""
-        return self.steps[step][0] is torch.ops.aten._to_copy.default
+        """Whether step number ``step`` changes a tensor's dtype; autocast also does it by an operator's ``dtype=``."""
+        func, leaves, _ = self.steps[step]
+        return func is torch.ops.aten._to_copy.default or any(isinstance(leaf, torch.dtype) for leaf in leaves)
 
     def wrote_to(self, tensor: torch.Tensor) -> bool:
         """Whether something inside wrote to the memory of ``tensor``."""
