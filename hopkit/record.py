@@ -59,7 +59,6 @@ class Recorder:
         self._options = {name: value for name, value in options.items() if is_keyword(name, value)}
         self._values.update({name: value for name, value in options.items() if name not in self._options})
         self.inputs = slots.inputs
-        self._operands = len(self.inputs)
         # An operand that a subgraph closes over is one more input: the graph takes both, and they may differ later.
         self._index: dict[object, int] = {}
         self._stage = Stage(self.inputs)

@@ -34,37 +34,14 @@ def map_only(kind: type[T], fn: Callable[[T], object], value: object) -> object:
     return pytree.tree_map_only(kind, fn, value)
 
 
-def structure(value: object) -> Tree:
-    """The structure of a pytree."""
-    return pytree.tree_structure(value)
-
-
 def is_node(kind: type) -> bool:
     """Whether values of ``kind`` have leaves of their own."""
     return kind in pytree.SUPPORTED_NODES or pytree.is_namedtuple_class(kind)
 
 
-def dumps(tree: Tree) -> str:
-    """A structure as JSON. Raises ``NotImplementedError`` for a node type registered without a serialised name."""
-    return pytree.treespec_dumps(tree)
-
-
-def loads(text: str) -> Tree:
-    """The inverse of `dumps`."""
-    return pytree.treespec_loads(text)
-
-
-LEAF = pytree.tree_structure(0)
-
-
 def is_flat(value: object) -> bool:
     """Whether ``value`` is a plain tuple of leaves."""
     return type(value) is tuple and not any(is_node(type(v)) for v in value)
-
-
-def same(left: Sequence[object], right: Sequence[object]) -> bool:
-    """Whether two sequences hold the same objects."""
-    return len(left) == len(right) and all(a is b for a, b in zip(left, right, strict=True))
 
 
 def map_leaves(fn: Callable[[object], object], value: T) -> T:
