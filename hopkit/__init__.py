@@ -22,6 +22,7 @@ from hopkit.errors import (
     UnknownOpError,
 )
 from hopkit.explain import Explanation, explain
+from hopkit.flatten import flatten
 from hopkit.hookspecs import hookimpl
 from hopkit.manager import PluginInfo
 from hopkit.op import Op, decompose
@@ -57,6 +58,7 @@ __all__ = [
     "decompose",
     "define",
     "explain",
+    "flatten",
     "hookimpl",
     "ops",
     "plugins",

@@ -2,33 +2,37 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
+import numbers
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, cast
 
+from hopkit.constants import PLAIN, TENSOR, allows, is_constant, plain, qualified_names, ready, ready_items
 from hopkit.errors import CallError
 from hopkit.spec import Kind, OpSpec, Parameter
 
-TENSOR = "torch.Tensor"
 GRAPH_MODULE = "torch.fx.graph_module.GraphModule"
-SYMBOLS = frozenset({"torch.SymInt", "torch.SymFloat", "torch.SymBool"})
-
-_WITHOUT_VALUE = SYMBOLS | {TENSOR}
-
-PLAIN: frozenset[type] = frozenset({int, float, bool, str, complex, bytes, type(None)})
-"""The types whose every value is a constant."""
 
 
 def bind(spec: OpSpec, args: Sequence[object], kwargs: Mapping[str, object]) -> dict[str, object]:
-    """The value of every parameter, defaults included, in order. That of ``*name`` and of subgraphs is a tuple.
+    """The value of every parameter, defaults included, in order. That of ``*name`` and of subgraphs is a tuple; that of
+    an option, or of a lone number, is `plain`.
 
     Raises:
         CallError: The arguments do not bind, or one of them is not what its parameter is for.
     """
+    return checked(spec, by_name(spec, args, kwargs))
+
+
+def by_name(spec: OpSpec, args: Sequence[object], kwargs: Mapping[str, object]) -> dict[str, object]:
+    """What a call gives for every parameter, defaults included, in order; whatever it is.
+
+    Raises:
+        CallError: The arguments do not bind.
+    """
     try:
-        values = _binder(spec)(*args, **kwargs)
+        return _binder(spec)(*args, **kwargs)
     except TypeError as error:
         raise CallError(
             f"{spec.name}()",
@@ -36,7 +40,17 @@ def bind(spec: OpSpec, args: Sequence[object], kwargs: Mapping[str, object]) -> 
             why="arguments bind to an op as to its body",
             todo=f"Call it as `{spec.name}{spec.shown()}`",
         ) from None
+
+
+def checked(spec: OpSpec, values: dict[str, object]) -> dict[str, object]:
+    """``values``, as the parameters are for them.
+
+    Raises:
+        CallError: One of them is not what its parameter is for.
+    """
     for p in spec.parameters:
+        if p.kind is Kind.OPTION or isinstance(values[p.name], numbers.Number):
+            values[p.name] = plain(values[p.name])
         if bad := misfit(p, values[p.name]):
             raise CallError(f"{spec.name}() argument '{p.name}'", bad.found, why=bad.why, todo=bad.todo)
         if p.kind is Kind.SUBGRAPHS:
@@ -67,13 +81,28 @@ def checks(spec: OpSpec) -> tuple[Check, ...]:
     found: list[Check] = []
     for i, p in enumerate(spec.parameters):
         position = -1 if p.passing is inspect.Parameter.KEYWORD_ONLY else i
-        if p.kind is Kind.OPTION:
-            found.append(Check(position, p.name, p.variadic, PLAIN, is_constant))
-        elif p.graph_only:
-            alone = p.kind is Kind.SUBGRAPH
-            fits = _is_graph_module if alone else functools.partial(_fits, p)
-            found.append(Check(position, p.name, p.variadic, frozenset(), fits))
+        if p.kind is not Kind.OPERAND:
+            found.append(Check(position, p.name, p.variadic, *_test(p)))
     return tuple(found)
+
+
+def _test(p: Parameter) -> tuple[frozenset[type], Callable[[object], bool]]:
+    """The last two fields of a `Check`."""
+    if p.kind is Kind.OPTION:
+        items = ready_items(p.accepts)
+
+        def constant(value: object) -> bool:
+            if items and type(value) is tuple and items.issuperset(map(type, value)):
+                return True
+            return plain(value) is value and misfit(p, value) is None
+
+        return ready(p.accepts), constant
+    one = _is_graph_module if p.graph_only else callable
+
+    def many(value: object) -> bool:
+        return (type(value) is tuple and all(map(one, value))) or misfit(p, value) is None
+
+    return frozenset(), one if p.kind is Kind.SUBGRAPH else many
 
 
 def passes(checks: tuple[Check, ...], args: Sequence[object], kwargs: Mapping[str, object]) -> bool:
@@ -104,7 +133,9 @@ def misfit(parameter: Parameter, value: object) -> Misfit | None:
     if parameter.kind is Kind.OPERAND:
         return None
     if parameter.kind is Kind.OPTION:
-        return None if is_constant(value) else _no_constant(parameter, value)
+        if not is_constant(value):
+            return _no_constant(parameter, value)
+        return None if allows(parameter.accepts, value) else _other_constant(parameter, value)
     if parameter.kind is Kind.SUBGRAPH:
         return _no_subgraph(parameter, value)
     if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
@@ -116,40 +147,16 @@ def misfit(parameter: Parameter, value: object) -> Misfit | None:
     )
 
 
-def is_constant(value: object) -> bool:
-    """Whether ``value`` can be an option's: hashable, and no tensor."""
-    if type(value) in PLAIN:
-        return True
-    if isinstance(value, tuple):
-        return all(map(is_constant, value))
-    names = qualified_names(type(value))
-    if not _WITHOUT_VALUE.isdisjoint(names):
-        return TENSOR not in names  # a symbol has no hash, and needs none: whoever records the call specialises it
-    try:
-        hash(value)
-    except TypeError:
-        return False
-    return True
-
-
-def _qualified_names(cls: type) -> frozenset[str]:
-    return frozenset(f"{base.__module__}.{base.__qualname__}" for base in cls.__mro__)
-
-
-qualified_names: Callable[[type], frozenset[str]] = functools.lru_cache(maxsize=256)(_qualified_names)
-"""The names of a class and its bases, with their modules."""
-
-
-def _fits(parameter: Parameter, value: object) -> bool:
-    return misfit(parameter, value) is None
-
-
 def _is_graph_module(value: object) -> bool:
     return GRAPH_MODULE in qualified_names(type(value))
 
 
 def _type(value: object) -> str:
     return type(value).__qualname__
+
+
+def _types(value: object) -> str:
+    return f"({', '.join(map(_type, value))})" if isinstance(value, tuple) else _type(value)
 
 
 def _no_subgraph(parameter: Parameter, value: object) -> Misfit | None:
@@ -174,11 +181,19 @@ def _no_constant(parameter: Parameter, value: object) -> Misfit:
         todo = f"Pass a number, such as `tensor.item()`, or make it an operand: `{parameter.name}: torch.Tensor`"
     else:
         todo = "Pass something hashable: a tuple in place of a list, a frozen dataclass in place of a dict"
-    got = ", ".join(map(_type, items))
     return Misfit(
-        f"expected a constant ({parameter.annotation}), got {f'({got})' if isinstance(value, tuple) else got}",
+        f"expected a constant ({parameter.annotation}), got {_types(value)}",
         "an option is written into the graph, and graphs are looked up by it",
         todo,
+    )
+
+
+def _other_constant(parameter: Parameter, value: object) -> Misfit:
+    got = f"{_type(value)} {value!r}" if type(value) in PLAIN and value is not None else _types(value)
+    return Misfit(
+        f"expected {parameter.annotation}, got {got}",
+        "the body is written for what the annotation says",
+        f"Convert it, or let the annotation say what the body takes: `{parameter.name}: {parameter.annotation} | ...`",
     )
 
 

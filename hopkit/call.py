@@ -12,10 +12,10 @@ import torch
 from hopkit import layout as layouts
 from hopkit import transform
 from hopkit._torch import trees
-from hopkit._torch.fakes import Stage
+from hopkit._torch.fakes import Stage, outside_modes
 from hopkit._torch.watch import Same, Substitute, Watch, custom_backward, sources
 from hopkit.codec import Slot
-from hopkit.layout import Layout
+from hopkit.layout import Layout, Meta
 from hopkit.probe import Graph, variable_name
 from hopkit.record import run_or_examples
 from hopkit.spec import Kind, OpSpec
@@ -86,7 +86,9 @@ class Call:
         graphs: The subgraphs, closed: each takes tensors and SymInts, and gives a tuple of them.
         inputs: Operands, then what the subgraphs capture.
         options: Keywords of the node.
-        layout: How these make up the author's arguments. None: the first graph takes the inputs as they stand.
+        layout: How these make up the author's arguments. None: the first graph takes the inputs, nested as ``tree``.
+        tree: How the node holds the inputs. None: as one flat tuple.
+        whole: Whether somebody's rule has to see the op itself: it has a kernel written by hand, say.
     """
 
     op: OpSpec
@@ -95,10 +97,17 @@ class Call:
     inputs: tuple[object, ...]
     options: Mapping[str, object]
     layout: Layout | None
+    tree: trees.Tree | None = None
+    whole: bool = False
 
     def __call__(self) -> object:
         """Call the op again: the rule of the next mode answers."""
-        return self.target.redispatch(*self.graphs, self.inputs, **self.keywords)
+        return self.target.redispatch(*self.graphs, self.nested, **self.keywords)
+
+    @property
+    def nested(self) -> object:
+        """The inputs as the node holds them."""
+        return self.inputs if self.tree is None else trees.unflatten(self.inputs, self.tree)
 
     @property
     def keywords(self) -> dict[str, object]:
@@ -132,6 +141,8 @@ class Call:
         """A name for every graph: the op's, and the subgraph's."""
         if self.layout is None:
             return [f"{self.op.name}_{p.name}" for p in self.op.of_kind(Kind.SUBGRAPH)]
+        if self.part:
+            return [f"{self.op.name}_{self.part}"]
         return [
             f"{self.op.name}_{name}"
             for name, many in self.layout.subgraphs.items()
@@ -144,7 +155,7 @@ class Call:
         if self.layout is not None:
             return transform.values(self.op, self.layout, self.graphs, self.inputs, self.options)
         (graph,), (operand,) = self.op.of_kind(Kind.SUBGRAPH), self.op.of_kind(Kind.OPERAND)
-        return {**self.options, graph.name: self.graphs[0], operand.name: self.inputs}
+        return {**self.options, graph.name: self.graphs[0], operand.name: self.nested}
 
     def arguments(self) -> tuple[list[object], dict[str, object]]:
         """The author's ``(args, kwargs)``."""
@@ -161,10 +172,7 @@ class Call:
         """The operand parameter that input number ``index`` belongs to, or "" for a capture."""
         if self.layout is None:
             return self.op.of_kind(Kind.OPERAND)[0].name
-        for name, value in self.layout.values.items():
-            if any(isinstance(leaf, Slot) and leaf.index == index for leaf in trees.leaves(value)):
-                return name
-        return ""
+        return layouts.parameter_of(self.layout.values, index)
 
     def name_of(self, index: int) -> str:
         """What the author calls input number ``index``."""
@@ -187,6 +195,11 @@ class Call:
         """Whether this is not the op itself but, say, its vector-Jacobian product."""
         return self.layout is not None and bool(self.layout.transforms)
 
+    @property
+    def part(self) -> str:
+        """What part of the op a region of it is, "forward" or "backward"; "" for a call that is the op itself."""
+        return self.layout.region if self.layout else ""
+
     def vjp(self, wrt: Sequence[int], given: Sequence[int], gradients: Sequence[object]) -> Call:
         """The call that gives the gradients of the inputs ``wrt`` for the gradients of the outputs ``given``."""
         assert self.layout is not None
@@ -194,11 +207,27 @@ class Call:
         layout = dataclasses.replace(self.layout, transforms=(*self.layout.transforms, step))
         return self.replace(inputs=(*self.inputs, *gradients), layout=layout)
 
+    @property
+    def examples(self) -> tuple[tuple[object, ...], ...]:
+        """Per graph, what it is called with, or stand-ins of that."""
+        if self.layout is not None and self.part and len(self.layout.transforms) == 1:
+            with outside_modes():  # the state of a generator is a real tensor, whatever the others are
+                return (tuple(v.detach() if isinstance(v, torch.Tensor) else v for v in self.inputs),)
+        return self.rehearsal.examples
+
+    def region(self, part: str, graph: GraphLike, inputs: Sequence[object]) -> Call:
+        """The call whose body is ``graph``: a ``part`` of this call and its derivative."""
+        assert self.layout is not None
+        layout = dataclasses.replace(
+            self.layout, values={}, subgraphs={}, metas=(), outputs=(), leaves=0, transforms=((layouts.REGION, part),)
+        )
+        return dataclasses.replace(self, graphs=(graph,), inputs=tuple(inputs), options={}, layout=layout)
+
     @functools.cached_property
     def rehearsal(self) -> Rehearsal:
         """What the call does, learnt by running it once on stand-ins."""
         stage, watch = Stage(self.inputs), Watch()
-        examples: dict[int, tuple[object, ...]] = {}
+        seen: dict[int, list[tuple[object, ...]]] = {i: [] for i in range(len(self.graphs))}
         told: list[str] = []
 
         def stand_in(value: object) -> object:
@@ -206,7 +235,7 @@ class Call:
 
         def probe(index: int) -> GraphLike:
             def graph(*inputs: object) -> object:
-                examples[index] = inputs
+                seen[index].append(inputs)
                 function = self.graphs[index]
                 with Substitute(stand_in) as mode:
                     result = (function.plain if isinstance(function, Pure) else function)(*inputs)
@@ -221,26 +250,33 @@ class Call:
             with watch:
                 outputs = rehearsed.like_body()
             opaque = custom_backward(trees.leaves(outputs)) or next(filter(None, told), "")
-            for index in set(range(len(self.graphs))) - set(examples):
-                examples[index] = self._from_layout(index, fakes)
+            examples = tuple(self._example(index, calls, fakes, stage) for index, calls in seen.items())
             # What was rehearsed is then the op itself, and not what a transform made of it.
             unknown = self.transformed and self.op.inputs is not None
             reached = None if unknown else tuple(sources(output, fakes) for output in trees.leaves(outputs))
-        return Rehearsal(
-            tuple(examples[i] for i in range(len(self.graphs))), watch.random, opaque or watch.opaque, outputs, reached
-        )
+        return Rehearsal(examples, watch.random, opaque or watch.opaque, outputs, reached)
 
-    def _from_layout(self, index: int, inputs: Sequence[object]) -> tuple[object, ...]:
-        """Example inputs for a graph that this call does not reach: as it was recorded."""
+    def _example(
+        self, index: int, calls: Sequence[tuple[object, ...]], inputs: Sequence[object], stage: Stage
+    ) -> tuple[object, ...]:
+        """What graph number ``index`` is called with. Where that is nothing, or several things: as it was recorded.
+
+        Sizes that nobody knows have bounds, and in several calls several bounds; a graph is for all of its calls.
+        """
+        if calls and (self.layout is None or len({tuple(map(Meta.of, call)) for call in calls}) == 1):
+            return calls[-1]
         assert self.layout is not None
         symbols = self.layout.symbols(inputs)
         every = (v for many in self.layout.subgraphs.values() for variants in many for v in variants)
         variant = next(v for v in every if v.graph == index)
-        return (*(meta.example(symbols) for meta in variant.metas), *(inputs[i] for i in variant.captures))
+        return (
+            *(meta.example(symbols, stage.unknown) for meta in variant.metas),
+            *(inputs[i] for i in variant.captures),
+        )
 
     def like_body(self) -> object:
         """What the call gives, on stand-ins. An op that decides on values declares it: ``inputs=`` and ``outputs=``."""
-        if self.op.inputs is None:
+        if self.op.inputs is None or self.part:
             return self.run()
         base = self if self.layout is None else self.replace(layout=dataclasses.replace(self.layout, transforms=()))
         return run_or_examples(self.op, base.values())

@@ -1,6 +1,7 @@
 """The command line: ``hopkit plugins | ops | explain | check | new``.
 
-Exit status: 0 where all is well, 1 where a cell is wrong or a plugin failed, 2 where the command makes no sense.
+Exit status: 0 where all is well, 1 where a cell is wrong, a plugin failed or is at fault, or plugins are in conflict, 2
+where the command makes no sense.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import cast
 import torch
 
 from hopkit import kit
-from hopkit.errors import HopkitError, HopkitWarning
+from hopkit.errors import HopkitError, HopkitWarning, PluginError
 from hopkit.explain import HEADER, explain, find, function_name
 from hopkit.new import new
 from hopkit.op import AnyOp
@@ -32,6 +33,8 @@ COLOURS = {
     "wrong": 31,
     "error": 31,
     "failed": 31,
+    "faulty": 31,
+    "conflict": 31,
     "missing": 31,
     "refused": 33,
     "refusing": 33,
@@ -50,6 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             status = cast("int", chosen.command(chosen))
         except (HopkitError, ValueError, OSError) as error:
             print(f"hopkit: {error}", file=sys.stderr)
+            if chosen.json:
+                _print_json({"error": str(error)})
             status = USAGE
     for warning in caught:
         print(f"hopkit: warning: {warning.message}", file=sys.stderr)
@@ -67,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
         added.set_defaults(command=command)
         return added
 
-    add("plugins", plugins, "List the plugins, and why one is not loaded.")
+    add("plugins", plugins, "List the plugins, and what is wrong with one.")
     add("ops", ops, "List the ops.")
     named = "torch's name of the op, or its Python name, with or without the package"
     add("explain", explained, "Show which rule answers in which mode, and whose it is.").add_argument("op", help=named)
@@ -83,16 +88,11 @@ def _parser() -> argparse.ArgumentParser:
 
 def plugins(chosen: argparse.Namespace) -> int:
     """``hopkit plugins``."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", HopkitWarning)  # the table says it
-        infos = kit.current().infos()
+    infos = kit.current().infos()
     if chosen.json:
         _print_json([dataclasses.asdict(info) for info in infos])
     else:
-        rows = [
-            (i.name, i.distribution, i.version, "failed" if i.error else "loaded", i.error or ", ".join(i.hooks))
-            for i in infos
-        ]
+        rows = [(i.name, i.distribution, i.version, i.state, i.error or ", ".join(i.hooks)) for i in infos]
         _print_table(("plugin", "distribution", "version", "state", "answers"), rows)
     return WRONG if any(info.error for info in infos) else OK
 
@@ -126,7 +126,7 @@ def explained(chosen: argparse.Namespace) -> int:
     else:
         print(explanation.title(), end="\n\n")
         _print_table(HEADER, explanation.cells())
-    return OK
+    return WRONG if any(row.kind == "conflict" for row in explanation.rows) else OK
 
 
 def check(chosen: argparse.Namespace) -> int:
@@ -155,10 +155,18 @@ def _samples(op: AnyOp, path: str) -> list[Sample]:
         program = torch.export.load(path)
     except Exception as error:  # torch raises whatever the damage led to
         raise ValueError(f"{path} is no exported program (torch.export.save writes one): {error}") from error
-    for impl in kit.current().plugins.impls("hopkit_samples_from_program"):
-        samples = None if impl.ops and op.spec.name not in impl.ops else impl.ask(op=op.spec, program=program)
-        if samples is not None:
-            return list(cast("Iterable[Sample]", samples))
+    for impl in kit.current().plugins.impls("hopkit_samples_from_program", op.spec.name):
+        given = impl.ask(op.spec, program=program)
+        if given is not None:
+            samples = list(given) if isinstance(given, Iterable) else [given]
+            if not all(isinstance(sample, Sample) for sample in samples):
+                raise PluginError(
+                    impl.who(op.spec),
+                    f"gave {given!r}",
+                    why="they are no calls of an op",
+                    todo="Give a list of `hopkit.Sample`, or None",
+                )
+            return cast("list[Sample]", samples)
     raise ValueError(f"no plugin makes samples of op '{op.spec.name}' from a program")
 
 

@@ -10,7 +10,7 @@ from typing_extensions import ParamSpec, TypeVar
 
 from hopkit import kit
 from hopkit._torch.trees import is_node
-from hopkit.errors import HopkitError, SpecError
+from hopkit.errors import CallError, HopkitError, SpecError
 from hopkit.manager import PluginInfo
 from hopkit.op import AnyOp, Op
 from hopkit.parameters import parse
@@ -53,6 +53,7 @@ def define(name: str | OpSpec, /, *, replace: bool = False, **properties: object
         The op, called and typed like the body.
 
     Raises:
+        CallError: ``name`` is neither a name nor a spec.
         SpecError: The name, a parameter or a property is wrong; torch's registry is as it was.
         DuplicateOpError: The name is taken.
     """
@@ -65,6 +66,13 @@ def define(name: str | OpSpec, /, *, replace: bool = False, **properties: object
         )
     if isinstance(name, OpSpec):
         return kit.current().define(name, replace=replace)
+    if not isinstance(name, str):
+        raise CallError(
+            "hopkit.define()",
+            f"expected a name or an OpSpec, got {name!r}",
+            why="torch knows an op by its name",
+            todo='Write `@hopkit.define("mypackage_myop")`',
+        )
     localns = sys._getframe(1).f_locals
 
     def decorate(body: Callable[P, R]) -> Op[P, R]:
@@ -93,6 +101,7 @@ def undefine(op: AnyOp) -> None:
     """Take an op away: torch's registry, ``torch.ops`` and Dynamo's table are as they were before it.
 
     Raises:
+        CallError: It is no op.
         SpecError: It is not defined, or another op took its name since.
     """
     kit.current().undefine(op)

@@ -46,7 +46,7 @@ class CallError(HopkitError, TypeError):
 
 
 class SubgraphError(HopkitError):
-    """A subgraph did what no op can carry: it returned, or was given, something that is no tensor or number."""
+    """A subgraph, or a body, did what no op can carry: it gave, or was given, something that is no tensor or number."""
 
 
 class SignatureError(HopkitError):
@@ -66,7 +66,7 @@ class PropertyError(HopkitError):
 
 
 class LayoutError(HopkitError):
-    """A recorded node cannot be read: made by another version of hopkit, or for an op that has changed."""
+    """A node cannot be written, for a constant that no text stands for; or read, as hopkit or the op has changed."""
 
 
 class AutogradError(HopkitError, RuntimeError):

@@ -13,11 +13,12 @@ from hopkit.errors import UnknownOpError
 from hopkit.manager import Plugins
 from hopkit.modes import Mode
 from hopkit.op import AnyOp
+from hopkit.resolve import Contested
 from hopkit.rule import Answer, Place, source
 from hopkit.spec import OpSpec
 from hopkit.table import table
 
-Kind = Literal["derived", "hand-written", "decomposing", "refusing", "missing"]
+Kind = Literal["derived", "hand-written", "decomposing", "refusing", "missing", "conflict"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Row:
     Args:
         mode: The mode.
         kind: "derived" (from the body), "hand-written", "decomposing" (the body runs in the mode, and the op
-            vanishes), "refusing" (says why not), or "missing".
+            vanishes), "refusing" (says why not), "missing", or "conflict" (several plugins claim it: a call raises).
         plugin: Whose rule it is; "author" for a rule that is attached to the op.
         where: ``file:line`` of the rule.
         asked: Every plugin that was asked, in the order in which torch would hear them.
@@ -148,6 +149,8 @@ def _rows(op: AnyOp, mode: Mode, plugins: Plugins) -> Iterator[Row]:
 
 
 def _kind(spec: OpSpec, mode: Mode, answer: Answer) -> Kind:
+    if isinstance(answer.rule, Contested):
+        return "conflict"
     if answer.place is not Place.BUILTIN:
         return "hand-written"
     if mode.name == "autograd" and spec.autograd != "derive":
@@ -161,11 +164,13 @@ def _whose(answer: Answer) -> str:
 
 def _asked(op: AnyOp, mode: Mode, plugins: Plugins) -> tuple[str, ...]:
     author = ["author"] if any(answer.mode == mode.name for answer in op.author) else []
-    impls = plugins.impls(f"hopkit_{mode.name}_rule") if mode.open else ()
-    return tuple(dict.fromkeys([*author, *(impl.plugin for impl in impls if not impl.ops or op.spec.name in impl.ops)]))
+    impls = plugins.impls(f"hopkit_{mode.name}_rule", op.spec.name) if mode.open else ()
+    return tuple(dict.fromkeys([*author, *(impl.plugin for impl in impls)]))
 
 
 def _note(spec: OpSpec, kind: Kind, first: Answer, rest: list[Answer]) -> str:
+    if isinstance(first.rule, Contested):
+        return str(first.rule.error())
     if kind == "refusing":
         return f'autograd="{spec.autograd}"'
     if kind == "derived" and first.mode == "fake" and spec.outputs is not None:

@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 
 from hopkit._torch import trees
-from hopkit._torch.autograd import apply, below_autograd, needs_gradient
+from hopkit._torch.autograd import Step, apply, below_autograd, needs_gradient
 from hopkit._torch.state import forward_mode
 from hopkit.call import Call
 from hopkit.codec import Slot
@@ -26,7 +26,7 @@ def hand_written(rule: Any, call: Call) -> object:
     return apply(_HandWritten(rule, call), call.inputs)
 
 
-class _HandWritten:
+class _HandWritten(Step):
     def __init__(self, rule: Any, call: Call) -> None:
         self._rule, self._call = rule, call
         self._saved: object = None

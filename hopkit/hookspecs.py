@@ -63,6 +63,14 @@ class Hooks:
     """The hooks of the built-in modes, and those of a plugin's life. A mode that a plugin adds has one more."""
 
     @hookspec
+    def hopkit_dynamo_rule(self, op: OpSpec) -> Rule | None:
+        """How a call of ``op`` that Dynamo reads gets into its graph.
+
+        Returns:
+            ``rule(frame, op) -> result``, in Dynamo's variables, or None.
+        """
+
+    @hookspec
     def hopkit_autograd_rule(self, op: OpSpec) -> Rule | None:
         """How ``op`` is differentiated.
 
@@ -100,6 +108,14 @@ class Hooks:
 
         Returns:
             A function with the body's signature, a mapping from device types ("cuda") to such functions, or None.
+        """
+
+    @hookspec
+    def hopkit_inductor_rule(self, op: OpSpec) -> Rule | None:
+        """What Inductor makes of a node of ``op``. Without an answer it gets the body instead of a node.
+
+        Returns:
+            ``rule(call) -> outputs``, in Inductor's terms, or None.
         """
 
     @hookspec

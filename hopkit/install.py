@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, cast
 
-from hopkit._torch import functional, keys
-from hopkit._torch.fakes import FakeMode, autograd_on, in_mode, run_in_mode
-from hopkit._torch.operator import Kernel, Key
+import torch
+
+from hopkit._torch import functional, inductor, keys, library, trees
+from hopkit._torch.fakes import FakeMode, autograd_on, bound, in_mode, run_in_mode
+from hopkit._torch.operator import DispatchMode, Kernel, Key
 from hopkit._torch.tracing import ProxyMode, Tracer
 from hopkit.call import Call
+from hopkit.errors import RuleError
 from hopkit.handwritten import hand_written
-from hopkit.rule import Answer, Decline, Table, ask
+from hopkit.rule import Answer, Decline, Place, Table, ask
+from hopkit.spec import OpSpec
 
 if TYPE_CHECKING:
     from hopkit.modes import Mode
@@ -25,9 +29,60 @@ def kernels(op: str, table: Table, modes: Sequence[Mode], decode: Decode) -> dic
     found: dict[Key, Kernel] = {}
     for mode in modes:
         answers = table.get(mode.name, ())
-        if answers:
+        if answers and mode.name not in _ELSEWHERE:
             found.update(_ADAPTERS.get(mode.name, _added)(op, mode, answers, decode))
+    if not lowered(table):
+        for key in (keys.FUNCTIONALIZE, keys.PROXY):
+            found[key] = _inlining(op, found[key], table["device"], decode)
     return found
+
+
+def lowered(table: Table) -> bool:
+    """Whether somebody tells Inductor what to make of the op's node."""
+    return any(answer.place is not Place.BUILTIN for answer in table["inductor"])
+
+
+def called_back(op: OpSpec) -> bool:
+    """Whether compiled code has to call the body as it stands: it decides on values, or what it does is an effect."""
+    return op.outputs is not None or op.effectful
+
+
+def _inlining(op: str, kernel: Kernel, answers: Sequence[Answer], decode: Decode) -> Kernel:
+    """As ``kernel``; but Inductor gets what the op's own kernel does, or a call of it, and no node."""
+
+    def inlining(mode: DispatchMode, /, *args: object, **kwargs: object) -> object:
+        if not inductor.compiling():
+            return kernel(mode, *args, **kwargs)
+        call = decode(*args, **kwargs)
+        if called_back(call.op):
+            return _call_back(mode, call)
+        devices = {"", *(value.device.type for value in call.inputs if isinstance(value, torch.Tensor))}
+        rules = _rules([answer for answer in answers if answer.device in devices])
+        with mode:
+            return call.run(None if call.transformed else lambda *a, **k: ask(op, "device", rules, *a, **k))
+
+    return inlining
+
+
+def _call_back(mode: DispatchMode, call: Call) -> object:
+    if inductor.packaging():
+        raise RuleError(
+            f"op '{call.op.name}'",
+            "cannot be packaged by AOTInductor",
+            why="its body decides on a tensor's value or has an effect, so it is Python that has to run it",
+            todo='Give it code of its own (`@op.rule("inductor")`), or compile it with torch.compile',
+        )
+
+    def run(inputs: Sequence[object]) -> Sequence[torch.Tensor]:
+        return cast("Sequence[torch.Tensor]", call.target(*call.graphs, tuple(inputs), **call.keywords))
+
+    def like(inputs: Sequence[object]) -> Sequence[torch.Tensor]:
+        again = call.replace(inputs=inputs)
+        found = again.like_inputs() if call.transformed else again.like_body()
+        return [leaf for leaf in trees.leaves(found) if isinstance(leaf, torch.Tensor)]
+
+    with mode:
+        return library.call(run, like, call.inputs, effect=call.op.effectful)
 
 
 def _rules(answers: Sequence[Answer]) -> list[Function]:
@@ -58,19 +113,18 @@ def _fake(op: str, mode: Mode, answers: Sequence[Answer], decode: Decode) -> dic
         call = decode(*args, **kwargs)
         # A weight that a subgraph closes over may be real where the operands are fake.
         call = call.replace(inputs=[in_mode(value, fake_mode) for value in call.inputs])
-        if call.transformed:
-            return run_in_mode(call.run if call.op.outputs is None else call.like_inputs, fake_mode)
-        return run_in_mode(lambda: call.run(shapes), fake_mode)
+        return run_in_mode(lambda: bound(result(call), call.inputs), fake_mode)
+
+    def result(call: Call) -> object:
+        if not call.transformed:
+            return call.run(shapes)
+        return call.run() if call.op.outputs is None else call.like_inputs()
 
     def shapes(*args: object, **kwargs: object) -> object:
         return ask(op, mode.name, rules, *args, **kwargs)
 
-    def meta(*args: object, **kwargs: object) -> object:
-        call = decode(*args, **kwargs)
-        return call.run(None if call.transformed else shapes)
-
     # A meta tensor has a shape and no value, as a fake one does: no kernel is asked.
-    return {keys.FAKE: kernel, keys.META: meta}
+    return {keys.FAKE: kernel, keys.META: lambda *args, **kwargs: result(decode(*args, **kwargs))}
 
 
 def _autograd(op: str, mode: Mode, answers: Sequence[Answer], decode: Decode) -> dict[Key, Kernel]:
@@ -115,6 +169,9 @@ def _added(op: str, mode: Mode, answers: Sequence[Answer], decode: Decode) -> di
         return {entry: lambda active, /, *args, **kwargs: ask(op, mode.name, rules, active, decode(*args, **kwargs))}
     return {entry: lambda *args, **kwargs: ask(op, mode.name, rules, entry, decode(*args, **kwargs))}
 
+
+_ELSEWHERE = ("dynamo", "inductor")
+"""Modes that run no kernel: they ask the op (hopkit/op.py)."""
 
 _ADAPTERS = {
     "device": _device,

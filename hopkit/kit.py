@@ -5,15 +5,17 @@ from __future__ import annotations
 import contextlib
 import keyword
 import warnings
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator
+from importlib.metadata import EntryPoint
 
+from hopkit import installed
 from hopkit._torch.fakes import outside_modes
 from hopkit._torch.operator import taken
 from hopkit.errors import DuplicateOpError, HopkitWarning, PluginError, SpecError
 from hopkit.manager import PluginInfo, Plugins
-from hopkit.op import AnyOp, Op
-from hopkit.resolve import check_rule, resolve
-from hopkit.rule import Answer, Place, Rule, Table
+from hopkit.op import AnyOp, Op, check_op
+from hopkit.resolve import check_rule, conflicts, resolve
+from hopkit.rule import Answer, Place, Rule
 from hopkit.spec import OpSpec
 
 
@@ -21,13 +23,14 @@ class Kit:
     """A host. The process has one; tests make their own (`fresh`).
 
     Args:
-        installed: Whether it has the installed plugins, or the built-in ones alone.
+        alone: Whether it has the built-in plugins alone, and not those that are installed.
     """
 
-    def __init__(self, *, installed: bool = True) -> None:
+    def __init__(self, *, alone: bool = False) -> None:
         self.ops: dict[str, AnyOp] = {}
         self._plugins: Plugins | None = None
-        self._waiting = installed
+        self._entries: dict[str, EntryPoint] | None = {} if alone else None  # None: nobody has looked yet
+        self._loading = False
         self._complaints: list[str] = []
 
     # Built when first needed: importing hopkit must stay light.
@@ -38,67 +41,94 @@ class Kit:
             self._plugins = Plugins()
         return self._plugins
 
+    @property
+    def _waiting(self) -> bool:
+        """Whether installed plugins are still to be loaded."""
+        return self._entries is None or bool(self._entries)
+
     def load(self) -> None:
         """Load the installed plugins, once, and let all ops follow."""
+        if self._loading:  # a plugin calls an op while it is imported
+            return
         if self._waiting:
-            self._waiting = False  # a plugin that calls an op while it is imported gets here again
+            self._loading = True
             heard = self._listeners()
-            with outside_modes():
-                self._waiting = not self.plugins.load_installed(self._forgetting(), self._note)
-                self._follow()
-                self._announce(self.ops.values(), but=heard)
-        if not self._waiting:
-            for op in self._every_op():
-                op.loaded()
+            try:
+                with outside_modes():
+                    if self._entries is None:
+                        self._entries = installed.chosen(self._note)
+                    left = installed.load(self.plugins, self._entries, self._fault, self._forgetting(), self._note)
+                    self._follow()
+                    self._announce(self.ops.values(), but=heard)
+            finally:
+                self._loading = False
+            self._entries = left
+            if not left:
+                for op in self._every_op():
+                    op.loaded()
         self._tell()
 
+    def _fault(self, name: str) -> PluginError | None:
+        """What is wrong with a plugin that is there, with all others."""
+        if fault := self.plugins.fault(name):
+            return fault
+        try:
+            self._bring(name)
+        except PluginError as error:
+            return error
+        return None
+
     def _forgetting(self) -> Callable[[str], None]:
-        """Takes back the ops that a module has defined since now."""
+        """Takes back the ops that a module (or, for "", anybody) has defined since now."""
         before = set(self._every_op())
 
         def forget(module: str) -> None:
             for op in list(self._every_op()):
-                own = f"{op.spec.body.__module__}.".startswith(f"{module}.")
+                own = not module or f"{op.spec.body.__module__}.".startswith(f"{module}.")
                 if own and op not in before and self.ops.get(op.spec.name) is op:
                     self.undefine(op)
 
         return forget
 
+    def _bring(self, name: str) -> None:
+        """Ask a plugin for the ops that it brings; once.
+
+        Raises:
+            PluginError: It raised, or gave what is no op.
+        """
+        if name in self.plugins.brought:
+            return
+        found: list[str] = []
+        for impl in self.plugins.impls("hopkit_add_ops"):
+            given = impl.ask() if impl.plugin == name else ()
+            for op in given if isinstance(given, Iterable) else [given]:
+                if not isinstance(op, Op) or self.ops.get(op.spec.name) is not op:
+                    raise PluginError(
+                        impl.who(),
+                        f"gave {op!r}",
+                        why="it is no op that is defined",
+                        todo="Give a list of the ops that `hopkit.define` made",
+                    )
+                found.append(op.spec.name)
+        self.plugins.brought[name] = tuple(found)
+
     def supplied(self) -> dict[str, str]:
         """The ops that plugins bring (``hopkit_add_ops``): torch's name, and the plugin's."""
-        return self._supplied(self._passing_over)
-
-    def _supplied(self, complain: Callable[[Sequence[str], PluginError], None]) -> dict[str, str]:
-        found: dict[str, str] = {}
-        for impl in self.plugins.impls("hopkit_add_ops"):
-            try:
-                given = impl.ask()
-                for op in given if isinstance(given, Iterable) else [given]:
-                    if not isinstance(op, Op) or self.ops.get(op.spec.name) is not op:
-                        raise PluginError(
-                            f"plugin '{impl.plugin}', hook 'hopkit_add_ops'",
-                            f"gave {op!r}",
-                            why="it is no op that is defined",
-                            todo="Give a list of the ops that `hopkit.define` made",
-                        )
-                    found[op.spec.name] = impl.plugin
-            except PluginError as error:
-                complain([impl.plugin], error)
-        return found
+        return {op: plugin for plugin, ops in self.plugins.brought.items() for op in ops if op in self.ops}
 
     # -- complaints --------------------------------------------------------------------------------------------------
 
     def _note(self, error: PluginError) -> None:
         self._complaints.append(str(error))
 
-    def _passing_over(self, plugins: Sequence[str], error: PluginError) -> None:
-        """One plugin must not stop the others. A place that several claim is told to who calls there."""
-        if len(plugins) == 1:
+    def _passing_over(self, plugin: str, error: PluginError) -> None:
+        """One plugin must not stop the others."""
+        if self.plugins.blame(plugin, error):
             self._note(error)
 
     def _tell(self) -> None:
         """Warn of what was noted: once everything stands, for a warning may be an error."""
-        while self._complaints:
+        while self._complaints and not self._loading:
             warnings.warn(self._complaints.pop(0), HopkitWarning, stacklevel=2)
 
     # -- ops ---------------------------------------------------------------------------------------------------------
@@ -149,19 +179,21 @@ class Kit:
     def _announce(self, ops: Iterable[AnyOp], *, but: Container[str] = ()) -> None:
         """Tell plugins of ops. One that comes later hears of those that are there."""
         for op in ops:
-            for impl in self.plugins.impls("hopkit_op_defined"):
+            for impl in self.plugins.impls("hopkit_op_defined", op.spec.name):
                 if impl.plugin not in but:
                     try:
-                        impl.ask(op=op.spec)
+                        impl.ask(op.spec)
                     except PluginError as error:  # the op is defined, whatever a listener thinks of it
-                        self._note(error)
+                        self._passing_over(impl.plugin, error)
 
     def undefine(self, op: AnyOp) -> None:
         """Take an op away; what it replaced is back.
 
         Raises:
+            CallError: It is no op.
             SpecError: It is not defined here, or was replaced since.
         """
+        check_op("hopkit.undefine()", op)
         if self.ops.get(op.spec.name) is not op:
             raise SpecError(
                 f"op '{op.spec.name}'",
@@ -208,19 +240,14 @@ class Kit:
             RuleConflictError: It claims a place that another plugin has.
         """
         self.load()
-        heard = self._listeners()
+        heard, forget = self._listeners(), self._forgetting()
         chosen = self.plugins.register(plugin, name)
-
-        def complain(plugins: Sequence[str], error: PluginError) -> None:
-            if chosen in plugins:
-                raise error
-            self._passing_over(plugins, error)
-
         try:
-            self._supplied(complain)
-            self._follow(complain)
+            self._bring(chosen)
+            self._follow(chosen)
         except BaseException:
             self.plugins.unregister(chosen)
+            forget("")
             raise
         self._announce(self.ops.values(), but=heard)
         self._tell()
@@ -236,10 +263,23 @@ class Kit:
         self._follow()
         self._tell()
 
-    def _follow(self, complain: Callable[[Sequence[str], PluginError], None] | None = None) -> None:
-        tables: list[tuple[AnyOp, Table]] = [
-            (op, resolve(op.spec, op.author, self.plugins, complain or self._passing_over)) for op in self._every_op()
-        ]
+    def _follow(self, newcomer: str = "") -> None:
+        """Ask again who answers for every op.
+
+        Raises:
+            PluginError: The newcomer cannot answer, or claims what another plugin has; nothing has changed then.
+        """
+
+        def complain(plugin: str, error: PluginError) -> None:
+            if plugin == newcomer:
+                raise error
+            self._passing_over(plugin, error)
+
+        tables = [(op, resolve(op.spec, op.author, self.plugins, complain)) for op in self._every_op()]
+        for _, table in tables:
+            for conflict in conflicts(table):
+                if newcomer in conflict.plugins:
+                    raise conflict.error()
         for op, table in tables:
             op.install(table, self.plugins.modes)
 
@@ -254,9 +294,12 @@ class Kit:
     def infos(self) -> tuple[PluginInfo, ...]:
         """Every plugin."""
         self.load()
-        infos = self.plugins.infos(self.supplied())
-        self._tell()
-        return infos
+        claims: dict[str, list[PluginError]] = {}
+        for op in self._every_op():
+            for conflict in conflicts(op.table):
+                for name in conflict.plugins:
+                    claims.setdefault(name, []).append(conflict.error())
+        return self.plugins.infos(self.supplied(), claims)
 
 
 _kit = Kit()
@@ -271,7 +314,7 @@ def current() -> Kit:
 def fresh() -> Iterator[Kit]:
     """A host of its own, with the built-in plugins alone; the ops defined inside are undefined at the end."""
     global _kit
-    before, _kit = _kit, Kit(installed=False)
+    before, _kit = _kit, Kit(alone=True)
     try:
         yield _kit
     finally:

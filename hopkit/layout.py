@@ -9,73 +9,74 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, cast
+from collections.abc import Callable, Mapping, Sequence
+from typing import cast
 
 import torch
 
 from hopkit import codec
 from hopkit._torch import sizes, trees
+from hopkit._torch.sizes import Equal
 from hopkit.codec import Dim, Slot
 from hopkit.errors import LayoutError
 
-if TYPE_CHECKING:
-    pass
-
-VERSION = 1
+VERSION = 2
 KEYWORD = "hopkit"
+REGION = "region"
 
 
 @dataclasses.dataclass(frozen=True)
 class Meta:
-    """What a subgraph is recorded for: one tensor's dtype, device type and sizes, or (dtype None) one integer."""
+    """What a subgraph is recorded for: one tensor's dtype, device type and sizes, or (dtype None) a number."""
 
     dtype: torch.dtype | None
     device: str
     shape: tuple[Dim, ...]
 
     @classmethod
-    def of(cls, value: object) -> Meta:
-        """The meta of a tensor, an int or a SymInt."""
+    def of(cls, value: object, describe: sizes.Describe = sizes.describe) -> Meta:
+        """The meta of a tensor, a number or a symbolic one; ``describe`` writes its sizes."""
         if isinstance(value, torch.Tensor):
-            return cls(value.dtype, value.device.type, tuple(map(sizes.describe, value.shape)))
-        return cls(None, "", (sizes.describe(cast("int", value)),))
+            return cls(value.dtype, value.device.type, tuple(map(describe, value.shape)))
+        return cls(None, sizes.number(value), (describe(cast("int", value)),))
 
-    def bind(self, value: object, symbols: dict[str, int]) -> None:
-        """Learn from ``value`` what the symbols among the sizes stand for."""
+    def bind(self, value: object, symbols: dict[str, int], *, unbacked: bool = False) -> None:
+        """Learn from ``value`` what the symbols among the sizes stand for; if ``unbacked``, from what nobody knows."""
         for dim, size in zip(self.shape, _sizes(value), strict=False):
-            if isinstance(dim, str) and dim.isidentifier():
+            if isinstance(dim, str) and dim.isidentifier() and (not unbacked or sizes.unbacked(size)):
                 symbols.setdefault(dim, size)
 
-    def example(self, symbols: Mapping[str, int]) -> object:
-        """A value that fits."""
-        shape = [codec.evaluate(d, symbols) or 1 if isinstance(d, str) else d for d in self.shape]
+    def example(self, symbols: dict[str, int], new: Callable[[str], int]) -> object:
+        """A value that fits. What ``symbols`` does not tell is ``new``, a number of that type, and told from then."""
+        kind = self.device if self.dtype is None else "int"
+        shape = [_told(d, symbols, lambda: new(kind)) if isinstance(d, str) else d for d in self.shape]
         return shape[0] if self.dtype is None else torch.empty(shape, dtype=self.dtype, device=self.device)
 
-    def fits(self, value: object, symbols: Mapping[str, int], *, surely: bool) -> bool:
-        """Whether ``value`` is what was recorded; sizes that nobody knows fit, unless this must be sure."""
+    def fits(self, value: object, symbols: Mapping[str, int], equal: Equal = Equal.PERHAPS) -> bool:
+        """Whether ``value`` is what was recorded."""
         if isinstance(value, torch.Tensor):
             if value.dtype != self.dtype or value.device.type != self.device:
                 return False
-        elif self.dtype is not None:
+        elif self.dtype is not None or self.device != sizes.number(value):
             return False
         actual = _sizes(value)
-        return len(actual) == len(self.shape) and all(
-            map(functools.partial(_same, symbols, surely), self.shape, actual)
-        )
+        expected = (codec.evaluate(dim, symbols) if isinstance(dim, str) else dim for dim in self.shape)
+        return len(actual) == len(self.shape) and all(map(equal.holds, expected, actual))
 
     def __str__(self) -> str:
         shape = ", ".join(map(str, self.shape))
         return shape if self.dtype is None else f"{str(self.dtype).removeprefix('torch.')}[{shape}]@{self.device}"
 
 
+def _told(dim: str, symbols: dict[str, int], new: Callable[[], int]) -> int:
+    size = codec.evaluate(dim, symbols)
+    if size is None and dim not in symbols:
+        symbols[dim] = new()
+    return symbols[dim] if size is None else size
+
+
 def _sizes(value: object) -> Sequence[int]:
     return value.shape if isinstance(value, torch.Tensor) else (cast("int", value),)
-
-
-def _same(symbols: Mapping[str, int], surely: bool, dim: Dim, size: int) -> bool:
-    expected = codec.evaluate(dim, symbols) if isinstance(dim, str) else dim
-    return not surely if expected is None else sizes.equal(expected, size, surely=surely)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,21 +103,21 @@ class Variant:
         return cls(-1, None, tuple(map(Meta.of, inputs)), (), None)
 
     def match(
-        self, leaves: Sequence[object], tree: trees.Tree, symbols: Mapping[str, int], *, surely: bool
+        self, leaves: Sequence[object], tree: trees.Tree, symbols: Mapping[str, int], equal: Equal
     ) -> list[object] | None:
         """The graph's inputs among the leaves of a call, or None where this was not recorded for it."""
         expected, structure = trees.flatten(self.takes)
         if tree != structure:
             return None
         slots: list[object] = []
+        known = dict(symbols)
         for want, leaf in zip(expected, leaves, strict=True):
             if isinstance(want, Slot):
-                if not self.metas[want.index].fits(leaf, symbols, surely=surely):
-                    return None
+                self.metas[want.index].bind(leaf, known, unbacked=equal is not Equal.PERHAPS)
                 slots.append(leaf)
             elif type(want) is not type(leaf) or want != leaf:
                 return None
-        return slots
+        return slots if all(m.fits(s, known, equal) for m, s in zip(self.metas, slots, strict=True)) else None
 
     def describe(self) -> str:
         """The signature, for messages."""
@@ -133,7 +134,9 @@ class Layout:
         metas: What the inputs were when the op was recorded.
         outputs: Which leaves of the body's result the node returns.
         leaves: How many there are.
-        transforms: What was done to the body, innermost first: ``("vjp", wrt, given)``.
+        transforms: What was done to the body, innermost first: ``("vjp", wrt, given)``. In a region
+            ``("region", part)`` comes first: the one graph is "forward" or "backward" of the op, takes the inputs and gives the outputs.
+        digest: What the op was when it was recorded (hopkit/digest.py); "" where that cannot be told.
     """
 
     values: Mapping[str, object]
@@ -142,6 +145,7 @@ class Layout:
     outputs: tuple[int, ...]
     leaves: int
     transforms: tuple[tuple[object, ...], ...] = ()
+    digest: str = ""
 
     def dumps(self) -> str:
         """The text for the node's ``hopkit=`` keyword."""
@@ -154,8 +158,15 @@ class Layout:
                 self.outputs,
                 self.leaves,
                 self.transforms,
+                self.digest,
             )
         )
+
+    @property
+    def region(self) -> str:
+        """What part of the op a region is, or ""."""
+        name, part = self.transforms[0][:2] if self.transforms else ("", "")
+        return cast("str", part) if name == REGION else ""
 
     def symbols(self, inputs: Sequence[object]) -> dict[str, int]:
         """What the symbols among the recorded sizes stand for in a call with these inputs."""
@@ -204,7 +215,7 @@ def _layout_in(data: object) -> Layout:
             why="a node that is read wrongly would compute something else",
             todo="Record the graph again, or install the hopkit that made it",
         )
-    values, subgraphs, metas, outputs, leaves, transforms = rest
+    values, subgraphs, metas, outputs, leaves, transforms, digest = rest
     return Layout(
         cast("dict[str, object]", values),
         {
@@ -215,6 +226,7 @@ def _layout_in(data: object) -> Layout:
         cast("tuple[int, ...]", outputs),
         cast("int", leaves),
         cast("tuple[tuple[object, ...], ...]", transforms),
+        cast("str", digest),
     )
 
 
@@ -238,6 +250,14 @@ class Slots:
             self._seen[id(leaf)] = Slot(len(self.inputs))
             self.inputs.append(leaf)
         return self._seen[id(leaf)]
+
+
+def parameter_of(values: Mapping[str, object], index: int) -> str:
+    """Of ``values`` by parameter, the one that input number ``index`` belongs to, or "" for a capture."""
+    for name, value in values.items():
+        if any(isinstance(leaf, Slot) and leaf.index == index for leaf in trees.leaves(value)):
+            return name
+    return ""
 
 
 def fill(value: object, inputs: Sequence[object]) -> object:

@@ -1,4 +1,4 @@
-"""Plugins: found, loaded, validated, listed. A thin typed host over pluggy."""
+"""Plugins: registered, validated, asked, listed. A thin typed host over pluggy."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ import dataclasses
 import difflib
 import importlib
 import inspect
-import os
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from importlib.metadata import EntryPoint, entry_points, version
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from importlib.metadata import version
+from typing import Literal
 
 import pluggy
 
@@ -17,6 +16,7 @@ from hopkit._torch import keys
 from hopkit.errors import PluginError
 from hopkit.hookspecs import PROJECT, Hooks
 from hopkit.modes import BUILTIN, Mode
+from hopkit.spec import OpSpec
 
 BUILTIN_PLUGINS = tuple(f"hopkit.rules.{mode.name}" for mode in BUILTIN if mode.open)
 
@@ -27,8 +27,7 @@ _TAKES = {
 }
 """What every hook is passed, by name. The hook of a mode that a plugin adds is not here: it is passed ``op``."""
 
-Complain = Callable[[PluginError], None]
-"""Told what is wrong with a plugin that was passed over."""
+State = Literal["loaded", "faulty", "failed"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +41,9 @@ class PluginInfo:
         hooks: The hooks it answers.
         modes: The modes it brings.
         ops: The ops it brings, by torch's names.
-        error: Why it is not loaded, or "".
+        error: What is wrong with it, or "".
+        state: "loaded"; "faulty": it is there, and answers in part, for a hook of it raised or gave what is no rule, or
+            another plugin claims the same place; "failed": it is not there.
     """
 
     name: str
@@ -52,6 +53,7 @@ class PluginInfo:
     modes: tuple[str, ...] = ()
     ops: tuple[str, ...] = ()
     error: str = ""
+    state: State = "loaded"
 
     @property
     def builtin(self) -> bool:
@@ -79,19 +81,26 @@ class Impl:
     ops: tuple[str, ...]
     overrides: tuple[str, ...]
 
-    def ask(self, **given: object) -> object:
+    def who(self, op: OpSpec | None = None) -> str:
+        """The plugin and the hook, and the op that it was asked about, as messages name them."""
+        return f"plugin '{self.plugin}', hook '{self.hook}'" + (f", op '{op.name}'" if op else "")
+
+    def ask(self, op: OpSpec | None = None, **given: object) -> object:
         """What the plugin answers.
 
         Raises:
             PluginError: It raised.
         """
+        given["op"] = op
         try:
-            return self.function(**{name: given[name] for name in self.takes})
-        except Exception as error:  # whatever a plugin raises is its own
-            asked = f" (asked for {given['op']!r})" if "op" in given else ""
+            answer = self.function(**{name: given[name] for name in self.takes})
+            return list(answer) if isinstance(answer, Iterator) else answer  # a generator runs when it is read
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # whatever a plugin raises is its own
             raise PluginError(
-                f"plugin '{self.plugin}', hook '{self.hook}'",
-                f"raised {type(error).__name__}: {error}{asked}",
+                self.who(op),
+                f"raised {type(error).__name__}: {error}",
                 why="hopkit cannot tell what the plugin answers",
                 todo="Mend it, return None for ops that it does not know, or block the plugin with HOPKIT_BLOCK",
             ) from error
@@ -105,7 +114,10 @@ class Plugins:
         self._manager.add_hookspecs(Hooks)
         self._added: dict[str, tuple[Mode, ...]] = {}
         self._origins: dict[str, tuple[str, str]] = dict.fromkeys(BUILTIN_PLUGINS, (PROJECT, version(PROJECT)))
+        self._faults: dict[str, dict[str, PluginError]] = {}
         self._failed: dict[str, PluginInfo] = {}
+        self.brought: dict[str, tuple[str, ...]] = {}
+        """The ops that each plugin brings, by torch's names."""
         for name in BUILTIN_PLUGINS:
             self._manager.register(importlib.import_module(name), name)
 
@@ -120,53 +132,6 @@ class Plugins:
         lifecycle = [hook for hook in _TAKES if not hook.endswith("_rule")]
         return sorted([*lifecycle, *(f"hopkit_{mode.name}_rule" for mode in self.modes if mode.open)])
 
-    # -- installed plugins -------------------------------------------------------------------------------------------
-
-    def load_installed(self, forget: Callable[[str], None], complain: Complain) -> bool:
-        """Load what is installed under the entry-point group ``hopkit``; a plugin that fails is passed over.
-
-        ``HOPKIT_PLUGINS`` (names, comma separated; empty: none) and ``HOPKIT_BLOCK`` choose.
-
-        Args:
-            forget: Told the module of a plugin that failed: what it defined is to be taken back.
-            complain: Told why it failed.
-
-        Returns:
-            Whether all are there. A plugin that is just being imported (it is its module that calls) is left for later.
-        """
-        found, complete = _installed(complain), True
-        only, block = _names("HOPKIT_PLUGINS"), _names("HOPKIT_BLOCK") or ()
-        for name in [*(n for n in only or () if n not in found), *(n for n in block if n in BUILTIN_PLUGINS)]:
-            complain(_not_choosable(name, found))
-        loaded: list[str] = []
-
-        def fail(name: str, error: PluginError) -> None:
-            forget(found[name].module)
-            self._failed[name] = PluginInfo(name, *_origin(found[name]), error=str(error))
-            complain(error)
-
-        for name, entry in found.items():
-            known = name in self._failed or self._manager.has_plugin(name)
-            if known or name in block or (only is not None and name not in only):
-                continue
-            if _being_imported(entry.module):
-                complete = False
-                continue
-            try:
-                self._add(_import(entry), name)
-            except PluginError as fault:
-                fail(name, fault)
-            else:
-                self._origins[name] = _origin(entry)
-                loaded.append(name)
-        # Only now are all modes known: one plugin may answer for a mode that another brought, and fall with it.
-        while faults := [(name, error) for name in loaded if (error := self._fault(name))]:
-            for name, error in faults:
-                loaded.remove(name)
-                self.unregister(name)
-                fail(name, error)
-        return complete
-
     # -- one plugin --------------------------------------------------------------------------------------------------
 
     def register(self, plugin: object, name: str | None = None) -> str:
@@ -176,13 +141,23 @@ class Plugins:
             PluginError: It is registered already, or answers no hook rightly. Nothing has changed then.
         """
         chosen = name or getattr(plugin, "__name__", None) or type(plugin).__qualname__
-        self._add(plugin, chosen)
-        if fault := self._fault(chosen) or self._idle(chosen):
+        self.add(plugin, chosen)
+        if fault := self.fault(chosen) or self._idle(chosen):
             self.unregister(chosen)
             raise fault
         return chosen
 
-    def _add(self, plugin: object, name: str) -> None:
+    def add(self, plugin: object, name: str, origin: tuple[str, str] = ("", "")) -> None:
+        """Let a plugin in whose hooks take the right arguments. Whether they are hooks at all is for `fault` to say.
+
+        Args:
+            plugin: The plugin.
+            name: Its name.
+            origin: Its distribution, and that one's version.
+
+        Raises:
+            PluginError: It is registered already, or answers no hook rightly. Nothing has changed then.
+        """
         if self._manager.has_plugin(name) or self._manager.is_registered(plugin):
             raise PluginError(
                 f"plugin '{name}'",
@@ -192,6 +167,7 @@ class Plugins:
             )
         self._check_arguments(plugin, name)
         self._manager.register(plugin, name)
+        self._origins[name] = origin
         try:
             self._add_modes(name)
         except PluginError:
@@ -199,10 +175,19 @@ class Plugins:
             raise
 
     def unregister(self, name: str) -> None:
-        """Forget a plugin, and the modes it brought."""
+        """Forget a plugin, and what it brought."""
         self._manager.unregister(name=name)
-        self._added.pop(name, None)
-        self._origins.pop(name, None)
+        for known in (self._added, self._origins, self._faults, self.brought):
+            known.pop(name, None)
+
+    def fail(self, name: str, origin: tuple[str, str], error: PluginError) -> None:
+        """List a plugin that cannot be used, and is not there."""
+        self._failed[name] = PluginInfo(name, *origin, error=str(error), state="failed")
+
+    def blame(self, name: str, error: PluginError) -> bool:
+        """Remember what went wrong with a plugin that stays; gives whether it is news."""
+        known = self._faults.setdefault(name, {})
+        return known.setdefault(error.who, error) is error
 
     def name_of(self, plugin: object) -> str:
         """The name of a registered plugin, or of one given by name.
@@ -267,7 +252,7 @@ class Plugins:
     def _marked(self, plugin: object) -> list[str]:
         return [name for name in dir(plugin) if self._manager.parse_hookimpl_opts(plugin, name) is not None]
 
-    def _fault(self, name: str) -> PluginError | None:
+    def fault(self, name: str) -> PluginError | None:
         """What of a plugin would never be asked: a hook that is misspelt, not marked, or of a mode nobody brought."""
         plugin = self._manager.get_plugin(name)
         marked, menu = self._marked(plugin), self.menu
@@ -301,80 +286,37 @@ class Plugins:
 
     # -- questions ---------------------------------------------------------------------------------------------------
 
-    def impls(self, hook: str) -> Iterator[Impl]:
-        """Who answers a hook: plugins first, built-in ones last."""
+    def impls(self, hook: str, op: str = "") -> Iterator[Impl]:
+        """Who answers a hook (for an op): plugins first, built-in ones last."""
         caller: pluggy.HookCaller | None = getattr(self._manager.hook, hook, None)
         for impl in reversed(caller.get_hookimpls() if caller else ()):
-            marks = [getattr(impl.function, mark, ()) for mark in ("hopkit_op", "hopkit_overrides")]
-            yield Impl(impl.plugin_name, hook, impl.function, tuple(impl.argnames), *marks)
+            ops, overrides = (getattr(impl.function, mark, ()) for mark in ("hopkit_op", "hopkit_overrides"))
+            if not op or not ops or op in ops:
+                yield Impl(impl.plugin_name, hook, impl.function, tuple(impl.argnames), ops, overrides)
 
-    def infos(self, ops: Mapping[str, str]) -> tuple[PluginInfo, ...]:
+    def infos(self, ops: Mapping[str, str], conflicts: Mapping[str, Sequence[PluginError]]) -> tuple[PluginInfo, ...]:
         """Every plugin, those that failed to load included.
 
         Args:
             ops: The ops that plugins bring, each with its plugin's name.
+            conflicts: For every plugin that claims what another claims, the errors.
         """
-        found = [
-            PluginInfo(
+        found = []
+        for name, plugin in self._manager.list_name_plugin():
+            errors = [*self._faults.get(name, {}).values(), *conflicts.get(name, ())]
+            info = PluginInfo(
                 name,
-                *self._origins.get(name, ("", "")),
+                *self._origins[name],
                 hooks=tuple(sorted(caller.name for caller in self._manager.get_hookcallers(plugin) or ())),
                 modes=tuple(mode.name for mode in self._added.get(name, ())),
                 ops=tuple(op for op, owner in ops.items() if owner == name),
+                error=_first(errors),
+                state="faulty" if errors else "loaded",
             )
-            for name, plugin in self._manager.list_name_plugin()
-        ]
+            found.append(info)
         return (*found, *self._failed.values())
 
 
-def _import(entry: EntryPoint) -> object:
-    try:
-        return entry.load()
-    except Exception as error:  # whatever a plugin raises is its own, and must not stop the others
-        raise PluginError(
-            f"plugin '{entry.name}'",
-            f"cannot be imported: {entry.value} raised {type(error).__name__}: {error}",
-            why="hopkit goes on without it",
-            todo=f"Mend or uninstall it, or set HOPKIT_BLOCK={entry.name}",
-        ) from error
-
-
-def _being_imported(module: str) -> bool:
-    """Whether a module is half there. Its hooks may be the other half."""
-    return bool(getattr(getattr(sys.modules.get(module), "__spec__", None), "_initializing", False))
-
-
-def _installed(complain: Complain) -> dict[str, EntryPoint]:
-    found: dict[str, EntryPoint] = {}
-    for entry in entry_points(group=PROJECT):
-        first = found.setdefault(entry.name, entry)
-        if entry.value != first.value:
-            complain(
-                PluginError(
-                    f"plugin '{entry.name}' ({entry.value}, from {_origin(entry)[0]})",
-                    f"is passed over: {first.value}, from {_origin(first)[0]}, has this name",
-                    why="a plugin is chosen, blocked and overridden by its name",
-                    todo="Uninstall one of the two, or ask its author for another entry-point name",
-                )
-            )
-    return found
-
-
-def _origin(entry: EntryPoint) -> tuple[str, str]:
-    """The distribution of an installed plugin, and its version."""
-    return (entry.dist.name, entry.dist.version) if entry.dist else ("", "")
-
-
-def _not_choosable(name: str, found: Iterable[str]) -> PluginError:
-    builtin = name in BUILTIN_PLUGINS
-    return PluginError(
-        f"plugin '{name}'",
-        "is one of hopkit's own, and stays" if builtin else "is named in HOPKIT_PLUGINS, and is not installed",
-        why="without it no op would work in this mode" if builtin else "it cannot answer",
-        todo=f"Installed are {', '.join(sorted(found)) or 'none'}",
-    )
-
-
-def _names(variable: str) -> list[str] | None:
-    value = os.environ.get(variable)
-    return None if value is None else [name.strip() for name in value.split(",") if name.strip()]
+def _first(errors: Sequence[PluginError]) -> str:
+    more = f" (And {len(errors) - 1} more.)" if len(errors) > 1 else ""
+    return f"{errors[0]}{more}" if errors else ""

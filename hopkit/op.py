@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import dataclasses
 import functools
+import uuid
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Generic, Literal, TypeAlias, cast, overload
 
@@ -12,21 +15,26 @@ import torch
 from typing_extensions import ParamSpec, TypeVar
 
 from hopkit import binding, install, layout, live
-from hopkit._torch import keys, schema, sizes, state, trees
+from hopkit._torch import inductor, keys, schema, state, trees
 from hopkit._torch.autograd import needs_gradient, raise_in_backward
-from hopkit._torch.fakes import rehearsing
+from hopkit._torch.fakes import bound, rehearsing
 from hopkit._torch.operator import Operator
 from hopkit._torch.operator import Place as TorchPlace
+from hopkit.asking import Asking, asking
 from hopkit.call import Call
-from hopkit.errors import no_gradient
+from hopkit.digest import cacheable, digest, other_body
+from hopkit.errors import CallError, HopkitWarning, no_gradient
 from hopkit.probe import Unrecordable, Unrehearsable
 from hopkit.record import Recorder, plain_form, run_or_examples
 from hopkit.rule import Answer, Place, Table, ask
 from hopkit.spec import Kind, OpSpec
 
 if TYPE_CHECKING:
+    from hopkit._torch.frame import Frame
     from hopkit.extend.autograd import AutogradRule, Vjp
+    from hopkit.extend.dynamo import DynamoRule
     from hopkit.extend.functionalize import FunctionalizeRule
+    from hopkit.extend.inductor import InductorRule
     from hopkit.extend.proxy import ProxyRule
     from hopkit.modes import Mode
 
@@ -49,14 +57,34 @@ def decompose(*ops: AnyOp) -> Iterator[None]:
 
     Args:
         ops: The ops. At least one.
+
+    Raises:
+        CallError: There is none, or one of them is no op.
     """
     if not ops:
         raise TypeError("decompose() needs at least one op")
+    for op in ops:
+        check_op("hopkit.decompose()", op)
     token = _vanished.set(_vanished.get() | {op.spec.name for op in ops})
     try:
         yield
     finally:
         _vanished.reset(token)
+
+
+def check_op(who: str, given: object) -> None:
+    """Check that ``given`` is an op.
+
+    Raises:
+        CallError: It is something else.
+    """
+    if not isinstance(given, Op):
+        raise CallError(
+            who,
+            f"expected an op, got {given!r}",
+            why="an op is known by itself, as another may take its name",
+            todo='Pass what `hopkit.define` made, or look it up: `hopkit.ops()["mypackage_myop"]`',
+        )
 
 
 class Op(Generic[P, R]):
@@ -66,7 +94,9 @@ class Op(Generic[P, R]):
         self.spec = spec
         self.before: AnyOp | None = None
         self.place = TorchPlace(spec.name)
-        self.operator = Operator(spec.name, self._enter_flat, self._run_flat, self._schema)
+        self.operator = Operator(
+            spec.name, self._enter_flat, self._run_flat, self._schema, self._read_call, self._digest
+        )
         if spec.effectful:
             torch.fx.node.has_side_effect(self.operator)
         self.author: list[Answer] = []
@@ -74,25 +104,25 @@ class Op(Generic[P, R]):
         self._body = cast("Callable[..., R]", spec.body)
         self._checks = binding.checks(spec)
         self._load, self._attach = load, attach
-        self._transparent = self._shortest = False
+        self._transparent = False
+        self.revision = ""
         self._derives = spec.autograd == "derive"
         self._deferred_error = raise_in_backward(spec.name)
-        self._asking: frozenset[type] = frozenset()
-        self._eager = False
-        self._kernels: tuple[Answer, ...] = ()
+        self._asking = Asking()
+        self._compared: set[str] = set()
         functools.update_wrapper(self, spec.body)
 
     def __call__(self, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        if compiling():  # Dynamo reads this code, and goes on to the body
-            return self._body(*args, **kwargs)
+        if compiling():  # Dynamo reads this code
+            return self._read(*args, **kwargs)
         if self._transparent and state.quiet() and binding.passes(self._checks, args, kwargs):
             try:
                 result = self._body(*args, **kwargs)
             except TypeError:
                 binding.bind(self.spec, args, kwargs)  # a call that does not fit gets the better message
                 raise
-            except RuntimeError as error:  # tensors without values, and no mode that says so
-                if self.spec.outputs is None or not sizes.data_dependent(error):
+            except RuntimeError:  # tensors without values, and no mode that says so
+                if not self._declared([args, kwargs]):
                     raise
                 return cast("R", self._enter(args, kwargs))
             return result if self._derives else cast("R", self._defer(result))
@@ -112,7 +142,7 @@ class Op(Generic[P, R]):
         They come with the first call, not with the import: a plugin may be what is being imported.
         """
         self._load = None
-        self._transparent = self._shortest
+        self._settle()
 
     @overload
     def rule(self, mode: Literal["device"], *, device: str = "") -> Callable[[Callable[P, R]], Callable[P, R]]: ...
@@ -124,6 +154,10 @@ class Op(Generic[P, R]):
     def rule(self, mode: Literal["functionalize"]) -> Callable[[FunctionalizeRule], FunctionalizeRule]: ...
     @overload
     def rule(self, mode: Literal["proxy"]) -> Callable[[ProxyRule], ProxyRule]: ...
+    @overload
+    def rule(self, mode: Literal["inductor"]) -> Callable[[InductorRule], InductorRule]: ...
+    @overload
+    def rule(self, mode: Literal["dynamo"]) -> Callable[[DynamoRule], DynamoRule]: ...
     @overload
     def rule(self, mode: str) -> Callable[..., object]: ...
     def rule(self, mode: str, *, device: str = "") -> object:
@@ -146,20 +180,14 @@ class Op(Generic[P, R]):
     def install(self, table: Table, modes: Sequence[Mode]) -> None:
         """Let these rules answer, in torch's tables and in plain eager."""
         self.table = table
-        self.operator.install(install.kernels(self.spec.name, table, modes, self._decode))
-        written = self._written = {
-            mode for mode, answers in table.items() if answers and answers[0].place is not Place.BUILTIN
-        }
-        self._eager = bool(written & {"device", "autograd"})
-        added = {mode.entry for mode in modes if mode.name in written and isinstance(mode.entry, type)}
-        named = {"fake": keys.FAKE, "proxy": keys.PROXY, "functionalize": keys.FUNCTIONALIZE}
-        self._asking = frozenset(added | {key for mode, key in named.items() if mode in written})
-        self._subclasses = tuple(kind for kind in added if issubclass(kind, torch.Tensor))
-        self._backends = any(not isinstance(mode.entry, (type, str)) for mode in modes if mode.name in written)
-        self._kernels = table["device"] if self._eager and not (self._subclasses or self._backends) else ()
-        asks = self._eager or self._subclasses or self._backends
-        self._shortest = not asks and self.spec.autograd != "error"
-        self._transparent = self._shortest and self._load is None
+        self.revision = uuid.uuid4().hex
+        self.operator.install(install.kernels(self.spec.name, table, modes, self.decode))
+        self._asking = asking(table, modes)
+        self._settle()
+
+    def _settle(self) -> None:
+        """Whether calls may take the short cut. Asked once, and not per call."""
+        self._transparent = self._load is None and self.spec.autograd != "error" and not self._asking.quietly
 
     # -- the way in, with the author's arguments ---------------------------------------------------------------------
 
@@ -168,8 +196,8 @@ class Op(Generic[P, R]):
             self._load()
         values = binding.bind(self.spec, args, kwargs)
         operands = [values[p.name] for p in self.spec.of_kind(Kind.OPERAND)]
-        if self._kernels and self._undisturbed() and (device := state.only_device(trees.leaves(operands))):
-            kernels = [cast("Callable[..., object]", a.rule) for a in self._kernels if a.device in ("", device)]
+        if self._asking.kernels and self._undisturbed() and (device := state.only_device(trees.leaves(operands))):
+            kernels = [cast("Callable[..., object]", a.rule) for a in self._asking.kernels if a.device in ("", device)]
             arguments, keywords = self.spec.arguments(live.values(self.spec, values))
             return ask(self.spec.name, "device", kernels, *arguments, **keywords)
         unrehearsable: Unrecordable | None = None
@@ -180,9 +208,10 @@ class Op(Generic[P, R]):
                 unrehearsable = reason  # if the fault is the author's, the body says so itself
             except Unrecordable as reason:
                 reason.report(self.spec)
-        if rehearsing():
+        if rehearsing() or (unrehearsable is not None and self._declared(operands)):
             return self._in_place(lambda: run_or_examples(self.spec, values), (args, kwargs))
-        result = self._in_place(lambda: self._body(*args, **kwargs), (args, kwargs))
+        arguments, keywords = self.spec.arguments(values)
+        result = self._in_place(lambda: self._body(*arguments, **keywords), (args, kwargs))
         if unrehearsable is not None:
             unrehearsable.report(self.spec)
         return result
@@ -195,34 +224,60 @@ class Op(Generic[P, R]):
 
     def _asked(self, operands: Sequence[object]) -> bool:
         """Whether something active asks for the op whole; otherwise its body runs in place."""
-        if self.spec.name in _vanished.get() or (rehearsing() and keys.FAKE not in self._asking):
+        if self.spec.name in _vanished.get() or (rehearsing() and keys.FAKE not in self._asking.modes):
             return False
         if state.recording():
+            if inductor.compiling() and self._inlined():
+                return False
             # A graph knows an operator by its name alone, which another op may have taken.
             return self.place.holds(self.operator) and not (
                 state.overridden() or any(state.foreign(leaf) for leaf in trees.leaves(operands))
             )
         if state.transforming() or state.forward_mode():
             return False
-        if self._eager or self._backends:
+        if self._asking.always or (self.spec.effectful and inductor.compiling() and state.functionalizing()):
             return True
-        if self.spec.outputs is not None and state.shapes_only(trees.leaves(operands)):
+        if self._declared(operands):
             return True
-        if any(type(mode) in self._asking or state.takes_ops(mode) for mode in state.dispatch_modes()):
+        if any(type(mode) in self._asking.modes or state.takes_ops(mode) for mode in state.dispatch_modes()):
             return True
-        return bool(self._subclasses) and any(isinstance(leaf, self._subclasses) for leaf in trees.leaves(operands))
+        subclasses = self._asking.subclasses
+        return bool(subclasses) and any(isinstance(leaf, subclasses) for leaf in trees.leaves(operands))
+
+    def _declared(self, operands: Sequence[object]) -> bool:
+        """Whether the operands have no values, and ``outputs=`` says what the result is."""
+        return self.spec.outputs is not None and state.shapes_only(trees.leaves(operands))
+
+    def _inlined(self) -> bool:
+        """Whether Inductor gets the body: it fuses then, and shares what backward needs, like any code."""
+        if install.lowered(self.table):
+            inductor.lower(self.operator, self._lower)
+            return False
+        return not (self._asking.always or install.called_back(self.spec))
+
+    def _lower(self, /, *args: object, **kwargs: object) -> object:
+        call = self.decode(*args, **kwargs)
+        answers = self.table["inductor"]
+        if call.transformed:  # what was written for the op is not its derivative
+            answers = tuple(answer for answer in answers if answer.place is Place.BUILTIN)
+        return ask(self.spec.name, "inductor", [cast("Callable[..., object]", a.rule) for a in answers], call)
 
     def _dispatch(self, values: Mapping[str, object]) -> object:
-        plain, recorder = plain_form(self.spec, values), Recorder(self.spec, values)
-        # A derivative written by hand sees the author's arguments, and so needs the layout.
-        if plain is not None and "autograd" not in self._written:
+        recorder = Recorder(self.spec, values)
+        if plain := self._plain(values):
             recorder.refuse_writes()
             graph, inputs, options = plain
             return self.operator.redispatch(graph, inputs, **options)
-        recording = recorder.record()
+        recording = recorder.record(self.operator.digest())
         keywords = {layout.KEYWORD: recording.layout.dumps()}
         outputs = self.operator.redispatch(*recording.graphs, recording.inputs, **recording.options, **keywords)
         return recording.restore(cast("Sequence[object]", outputs))
+
+    def _plain(self, values: Mapping[str, object]) -> tuple[object, object, dict[str, object]] | None:
+        if self._asking.derivative:  # it sees the author's arguments, and so needs the layout
+            return None
+        # The built-in proxy rule traces the graph anew; one of the op's own may keep what takes nested arguments.
+        return plain_form(self.spec, values, nested=keys.PROXY in self._asking.modes)
 
     def _in_place(self, run: Callable[[], object], inputs: object) -> object:
         if self.spec.autograd == "error" and needs_gradient(trees.leaves(inputs)):
@@ -239,6 +294,21 @@ class Op(Generic[P, R]):
             return result
         return self._deferred_error(result)
 
+    # -- what Dynamo reads, and what answers it ---------------------------------------------------------------------
+
+    def _read(self, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        # Dynamo guards on what it has to read: compiled code is for this revision of the rules alone.
+        result = self.operator(*args, **kwargs) if self.revision else NotImplemented
+        return self._body(*args, **kwargs) if result is NotImplemented else cast("R", result)
+
+    def _read_call(self, frame: Frame) -> object:
+        if self._load is not None:
+            self._load()
+        if self.spec.name in _vanished.get() or state.transforming():
+            return frame.inlined()
+        rules = [cast("Callable[..., object]", answer.rule) for answer in self.table["dynamo"]]
+        return ask(self.spec.name, "dynamo", rules, frame, self.spec)
+
     # -- the way in, as a node of a graph ----------------------------------------------------------------------------
 
     def _enter_flat(self, /, *args: object, **kwargs: object) -> object:
@@ -248,29 +318,78 @@ class Op(Generic[P, R]):
             return self.operator.redispatch(*args, **kwargs)
         if layout.KEYWORD not in kwargs:  # then these are the author's own arguments
             return cast("AnyOp", self)(*args, **kwargs)
-        call = self._decode(*args, **kwargs)
+        call = self.decode(*args, **kwargs)
         if not (self._transparent and state.quiet()) and self._asked(call.inputs):
-            return self.operator.redispatch(*args, **kwargs)
-        return self._in_place(call.like_body if rehearsing() else call.run, call.inputs)
+            return self._stamped(call)()
+        self._compare(call)
+        if self.spec.outline and inductor.compiling() and state.functionalizing():
+            call = call.replace(graphs=[inductor.outlined(graph) for graph in call.graphs])
+        result = self._in_place(call.like_body if rehearsing() else call.run, call.inputs)
+        return result if state.quiet() else bound(result, call.inputs)
+
+    def _stamped(self, call: Call) -> Call:
+        """``call`` as it would be recorded today: it is today's body that is compiled, and that caches must go by."""
+        assert call.layout is not None
+        self._compare(call)
+        return call.replace(layout=dataclasses.replace(call.layout, digest=self.operator.digest()))
+
+    def _compare(self, call: Call) -> None:
+        """Warn where the author has written something else since a node was recorded."""
+        recorded = call.layout.digest if call.layout else ""
+        if recorded not in self._compared:
+            self._compared.add(recorded)
+            if other_body(recorded, self.operator.digest()):
+                warnings.warn(
+                    f"op '{self.spec.name}' was recorded with another body; the new body runs. Record the graph again "
+                    "where the values must be those of the old one.",
+                    HopkitWarning,
+                    stacklevel=3,
+                )
+
+    def _digest(self) -> tuple[str, bool]:
+        text = digest(self.spec, self.table)
+        return text or "", text is not None and cacheable(self.spec)
 
     def _run_flat(self, /, *args: object, **kwargs: object) -> object:
-        return self._decode(*args, **kwargs).run()
+        return self.decode(*args, **kwargs).run()
 
-    def _decode(self, /, *args: object, **kwargs: object) -> Call:
+    def decode(self, /, *args: object, **kwargs: object) -> Call:
+        """The call that a node with these arguments stands for."""
         *graphs, inputs = args
         text = kwargs.pop(layout.KEYWORD, None)
         known = layout.loads(cast("str", text)) if text is not None else None
+        leaves, tree = trees.flatten(inputs)
         return Call(
             self.spec,
             self.operator,
             tuple(cast("list[Callable[..., object]]", graphs)),
-            tuple(cast("Sequence[object]", inputs)),
+            tuple(leaves),
             kwargs,
             known,
+            tree if known is None else None,
+            self._asking.whole,
         )
 
     def _schema(self, /, *args: object, **kwargs: object) -> object:
-        call = self._decode(*args, **kwargs)
+        call = self.decode(*args, **kwargs) if layout.KEYWORD in kwargs else self._recorded(args, kwargs)
         outputs = trees.leaves(call.rehearsal.outputs)
         mutated = [i for i in range(len(call.inputs)) if call.parameter(i) in self.spec.mutates]
-        return schema.generate(self.operator, call.graphs, call.inputs, call.keywords, outputs, mutated)
+        return schema.generate(self.operator, call.graphs, call.inputs, call.nested, call.keywords, outputs, mutated)
+
+    def _recorded(self, args: tuple[object, ...], kwargs: dict[str, object]) -> Call:
+        """The call that the author's arguments become in a graph."""
+        values = binding.bind(self.spec, args, kwargs)
+        if plain := self._plain(values):
+            graph, inputs, options = plain
+            return self.decode(graph, inputs, **options)
+        try:
+            recording = Recorder(self.spec, values).record(self.operator.digest())
+        except Unrecordable as reason:
+            raise CallError(
+                f"{self.spec.name}.gen_schema()",
+                f"got a call that is no node of a graph: {reason}",
+                why="a schema is that of a node",
+                todo="Pass what a node has: `gen_schema(*node.args, **node.kwargs)`",
+            ) from reason
+        keywords = {layout.KEYWORD: recording.layout.dumps()}
+        return self.decode(*recording.graphs, recording.inputs, **recording.options, **keywords)

@@ -10,14 +10,15 @@ import enum
 import functools
 import inspect
 import re
-import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Annotated, ForwardRef, NamedTuple, TypeVar, cast, get_args, get_origin
+from types import GenericAlias
+from typing import Annotated, ForwardRef, NamedTuple, TypeGuard, TypeVar, cast, get_args, get_origin
 
 import typing_extensions
 
-from hopkit.binding import GRAPH_MODULE, PLAIN, SYMBOLS, TENSOR, misfit, qualified_names
+from hopkit.binding import GRAPH_MODULE, misfit
+from hopkit.constants import LITERALS, PLAIN, SYMBOLS, TENSOR, UNIONS, plain, qualified_names
 from hopkit.errors import SpecError
 from hopkit.spec import Kind, Parameter, Subgraph
 
@@ -31,7 +32,6 @@ _SETS: tuple[object, ...] = (set, frozenset, collections.abc.Set)
 
 # typing_extensions has forms of its own where Python's typing is too old: Any on 3.10, type aliases before 3.14.
 _ANYTHING: tuple[object, ...] = (object, typing.Any, typing_extensions.Any)
-_LITERALS: tuple[object, ...] = (typing.Literal, typing_extensions.Literal)
 _ALIASES = (typing_extensions.TypeAliasType, getattr(typing, "TypeAliasType", typing_extensions.TypeAliasType))
 
 
@@ -55,6 +55,13 @@ def parse(
         SpecError: A parameter is missing an annotation, or has one that fits no kind; or there is no subgraph.
     """
     who = f"op body '{getattr(body, '__qualname__', type(body).__qualname__)}'"
+    if kind := _suspended(body):
+        raise SpecError(
+            who,
+            f"is {kind}",
+            why="calling it runs nothing of it, and an op's body is run by calling it",
+            todo="Write a plain `def` that returns its result; for several results, a tuple",
+        )
     try:
         signature = inspect.signature(body)
     except (TypeError, ValueError) as error:
@@ -93,6 +100,16 @@ _NOISE = re.compile(
 )
 
 
+def _suspended(body: object) -> str:
+    """What a function is that waits to be driven; "" for a plain one."""
+    for function in (body, type(body).__call__):
+        if inspect.iscoroutinefunction(function):
+            return "a coroutine (`async def`)"
+        if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+            return "a generator (it yields)"
+    return ""
+
+
 def _function(body: object) -> object:
     """The plain function (or method) whose scope the annotations of ``body`` were written in."""
     while isinstance(body, functools.partial) or hasattr(body, "__wrapped__"):
@@ -110,10 +127,11 @@ def _closure(function: object) -> dict[str, object]:
 
 
 class _Sort(NamedTuple):
-    """What an annotation says."""
+    """What an annotation says. The fields are those of `Parameter`."""
 
     kind: Kind
     graph_only: bool = False
+    accepts: object = object
 
 
 class _Refusal(NamedTuple):
@@ -125,7 +143,11 @@ class _Refusal(NamedTuple):
 
 _Verdict = _Sort | _Refusal
 
-_SUBGRAPH, _OPERAND, _OPTION = _Sort(Kind.SUBGRAPH), _Sort(Kind.OPERAND), _Sort(Kind.OPTION)
+_SUBGRAPH, _OPERAND = _Sort(Kind.SUBGRAPH), _Sort(Kind.OPERAND)
+
+
+def _option(accepts: object = object) -> _Sort:
+    return _Sort(Kind.OPTION, accepts=accepts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,16 +186,14 @@ class _Reader:
         verdict = self._variadic(p.annotation) if star else self._verdict(p.annotation)
         if isinstance(verdict, _Refusal):
             raise self._error(f"is annotated '{text}', which is no subgraph, no operand and no option", *verdict)
-        parameter = Parameter(p.name, verdict.kind, text, p.kind, p.default, verdict.graph_only)
-        if p.default is not p.empty and (bad := misfit(parameter, p.default)):
+        parameter = Parameter(p.name, verdict.kind, text, p.kind, p.default, verdict.graph_only, verdict.accepts)
+        if p.default is not p.empty and (bad := misfit(parameter, plain(p.default))):
             raise self._error(f"has a default that does not fit: {bad.found}", bad.why, bad.todo)
         return parameter
 
     def _variadic(self, annotation: object) -> _Verdict:
         verdict = self._verdict(annotation)
-        if isinstance(annotation, str):
-            annotation = self._resolve(annotation)
-        if _is_anything(annotation):
+        if verdict == self._anything():
             return _Refusal(
                 "anything may stand there, subgraphs too",
                 f"Write `*{self.name}: torch.Tensor`, `*{self.name}: hopkit.Subgraph`, or take one pytree: "
@@ -183,7 +203,7 @@ class _Reader:
             return verdict._replace(kind=Kind.SUBGRAPHS)
         if isinstance(verdict, _Sort) and verdict.kind is Kind.SUBGRAPHS:
             raise self._mixture()
-        return verdict
+        return _option(GenericAlias(tuple, (verdict.accepts, ...))) if _is_option(verdict) else verdict
 
     def _verdict(self, annotation: object, seen: frozenset[object] = frozenset()) -> _Verdict:
         # ``seen`` holds the names and classes that are being read: a recursive one adds nothing to itself.
@@ -191,36 +211,47 @@ class _Reader:
             annotation = annotation.__forward_arg__
         if isinstance(annotation, str):
             if annotation in seen:
-                return _OPTION
+                return _option()
             return self._verdict(self._resolve(annotation), seen | {annotation})
         origin, args = get_origin(annotation), get_args(annotation)
         if origin is Annotated:
             return self._verdict(args[0], seen)
         if isinstance(alias := origin or annotation, _ALIASES):
             if alias in seen:
-                return _OPTION
+                return _option()
             return self._verdict(_substitute(alias.__value__, alias.__type_params__, args), seen | {alias})
         if isinstance(annotation, typing.NewType):
             return self._verdict(annotation.__supertype__, seen)
         if isinstance(annotation, TypeVar):
             bound = () if annotation.__bound__ is None else (annotation.__bound__,)
-            return self._union(annotation.__constraints__ or bound or (object,), seen)
-        if origin in (typing.Union, types.UnionType):
+            members = annotation.__constraints__ or bound
+            return self._union(members, seen) if members else _OPERAND
+        if origin in UNIONS:
             return self._union(args, seen)
-        if origin in _LITERALS or annotation is None:
-            return _OPTION
+        if origin in LITERALS:
+            return _option(annotation)
+        if annotation is None:
+            return _option(type(None))
         if _is_anything(annotation):
-            return _OPERAND
+            return self._anything()
         cls = origin or annotation
         if not isinstance(cls, type):
             return self._unknown(annotation)
         if cls in seen:
-            return _OPTION
+            return _option(cls)
         return self._class(cls, annotation, args, seen)
 
     def _union(self, members: Iterable[object], seen: frozenset[object]) -> _Verdict:
         verdicts = [self._verdict(member, seen) for member in members]
-        return _subgraphs(verdicts, Kind.SUBGRAPH) or self._join(verdicts)
+        verdict = _subgraphs(verdicts, Kind.SUBGRAPH) or self._join(verdicts)
+        if not _is_option(verdict):
+            return verdict
+        return _option(typing.Union[_accepted(verdicts)])  # noqa: UP007 (`|` joins two)
+
+    def _part(self, annotation: object, seen: frozenset[object]) -> _Verdict:
+        """What is said of a part of a pytree, where anything may stand."""
+        verdict = self._verdict(annotation, seen)
+        return _OPERAND if verdict == self._anything() else verdict
 
     def _class(self, cls: type, annotation: object, args: tuple[object, ...], seen: frozenset[object]) -> _Verdict:
         names = qualified_names(cls)
@@ -231,7 +262,7 @@ class _Reader:
         if TENSOR in names or not SYMBOLS.isdisjoint(names):
             return _OPERAND
         if cls in PLAIN or not _SETTINGS.isdisjoint(names) or issubclass(cls, enum.Enum):
-            return _OPTION
+            return _option(cls)
         if cls in _TREES:
             return self._tree(cls, args, seen)
         if self.is_pytree(cls):
@@ -242,20 +273,24 @@ class _Reader:
         hints = self._hints(cls)
         parameters = getattr(cls, "__parameters__", ())
         parts = [_substitute(hints.get(field, object), parameters, args) for field in fields]
-        verdict = self._join([self._verdict(part, seen | {cls}) for part in parts])
-        if verdict == _OPTION and not issubclass(cls, tuple) and not _is_frozen(cls):
+        verdict = self._join([self._part(part, seen | {cls}) for part in parts])
+        if not _is_option(verdict):
+            return verdict
+        if not issubclass(cls, tuple) and not _is_frozen(cls):
             how = f"Freeze {cls.__name__}: `@dataclasses.dataclass(frozen=True)`"
             return _Refusal(f"{cls.__name__} holds only constants, and may change after it was recorded", how)
-        return verdict
+        return _option(cls)
 
     def _tree(self, cls: type, args: tuple[object, ...], seen: frozenset[object]) -> _Verdict:
         items = [arg for arg in args if arg is not ... and arg != ()]  # typing.Tuple[()] has the item () on Python 3.10
         if not items:
             return _OPERAND
-        verdicts = [self._verdict(item, seen) for item in items]
+        verdicts = [self._part(item, seen) for item in items]
         verdict = (_subgraphs(verdicts, Kind.SUBGRAPHS) if cls in _SEQUENCES else None) or self._join(verdicts)
-        if verdict != _OPTION or cls is tuple:
+        if not _is_option(verdict):
             return verdict
+        if cls is tuple:
+            return _option(GenericAlias(tuple, (*_accepted(verdicts), *(... for arg in args if arg is ...))))
         inner = ", ".join(map(shorten, items))
         return _Refusal(
             f"a {cls.__name__} of constants may change after it was recorded, and has no hash",
@@ -268,7 +303,7 @@ class _Reader:
             raise self._mixture()
         if _OPERAND in verdicts:
             return _OPERAND
-        return next((v for v in verdicts if isinstance(v, _Refusal)), _OPTION)
+        return next((v for v in verdicts if isinstance(v, _Refusal)), _option())
 
     def _mixture(self) -> SpecError:
         return self._error(
@@ -276,6 +311,13 @@ class _Reader:
             "a subgraph is called, and nothing else can stand in its place or travel with it",
             f"Write `{self.name}: hopkit.Subgraph`, or `{self.name}: tuple[hopkit.Subgraph, ...]` for any number of "
             "them, none included, and give what is no subgraph a parameter of its own",
+        )
+
+    def _anything(self) -> _Refusal:
+        return _Refusal(
+            "anything may stand there: what the op calls, what it transforms or what it writes into the graph",
+            f"Write `{self.name}: torch.Tensor`, `{self.name}: tuple[object, ...]` (or list, dict) for any pytree, "
+            f"`{self.name}: hopkit.Subgraph` for what the op calls, or `{self.name}: float` for a constant",
         )
 
     def _unknown(self, annotation: object) -> _Refusal:
@@ -321,6 +363,14 @@ class _Reader:
 
 def _is_anything(annotation: object) -> bool:
     return any(annotation is anything for anything in _ANYTHING)
+
+
+def _is_option(verdict: _Verdict) -> TypeGuard[_Sort]:
+    return isinstance(verdict, _Sort) and verdict.kind is Kind.OPTION
+
+
+def _accepted(verdicts: Sequence[_Verdict]) -> tuple[object, ...]:
+    return tuple(verdict.accepts for verdict in verdicts if isinstance(verdict, _Sort))
 
 
 def _subgraphs(verdicts: Sequence[_Verdict], kind: Kind) -> _Sort | None:

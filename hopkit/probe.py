@@ -10,9 +10,10 @@ from typing import Protocol, cast
 
 import torch
 
+from hopkit import codec
 from hopkit._torch import sizes, trees
 from hopkit._torch.watch import Same, Substitute
-from hopkit.errors import HopkitWarning, PropertyError, SubgraphError
+from hopkit.errors import HopkitWarning, LayoutError, PropertyError, SubgraphError
 from hopkit.layout import Meta, Slots, Variant, fill
 from hopkit.spec import OpSpec
 
@@ -93,6 +94,9 @@ class Rehearsing(Protocol):
     spec: OpSpec
     inputs: list[object]
 
+    def names(self) -> sizes.Names:
+        """New names for the sizes and numbers that came up in this rehearsal."""
+
     def run(
         self,
         function: Callable[..., object],
@@ -124,16 +128,30 @@ class Probe:
 
     def _merged(self, calls: Sequence[_Seen]) -> list[_Seen]:
         """One call per signature. Signatures can become one afterwards, when a symbolic size turns out to be fixed."""
-        merged: list[_Seen] = []
+        merged: list[tuple[_Seen, object, object]] = []
         for call in calls:
-            known = next((m for m in merged if (m.takes, m.metas) == (call.takes, call.metas)), None)
-            if known is None:
-                merged.append(call)
-            elif (known.used, known.steps, known.gives) != (call.used, call.steps, call.gives):
+            always, now = call.signature(self._recorder.names()), call.signature(sizes.now)
+            known = next((m for m, other, _ in merged if other == always), None)
+            changed = known and (known.used, known.steps, known.gives) != (call.used, call.steps, call.gives)
+            # Sizes that are equal by chance are told apart by nothing when the graph runs.
+            if changed or any(other == now and m.operators != call.operators for m, _, other in merged):
                 raise Unrecordable(f"subgraph '{self.name}' does something else when it is called again")
+            if known is None:
+                merged.append((call, always, now))
         if len(merged) > MOST_SIGNATURES:
             raise Unrecordable(f"subgraph '{self.name}' is called on more than {MOST_SIGNATURES} different signatures")
-        return merged
+        return [call for call, *_ in merged]
+
+    def _check_writable(self, takes: object) -> None:
+        try:
+            codec.dumps(takes)
+        except LayoutError as error:
+            raise SubgraphError(
+                f"subgraph '{self.name}' of op '{self._recorder.spec.name}'",
+                f"was given {error.who}, which {error.found}",
+                why=error.why,
+                todo=error.todo,
+            ) from None
 
     def _checked(self, result: object) -> object:
         for leaf in trees.leaves(result):
@@ -151,6 +169,7 @@ class Probe:
         graphs: list[Graph] = []
         variants: list[Variant] = []
         for call in self._merged(self.calls):
+            self._check_writable(call.takes)
             captured = tuple(self._recorder.inputs[i] for i in call.used)
             gradients = torch.is_grad_enabled()
             key = (Same(self.function), repr(call.takes), len(call.used), call.steps, gradients)
@@ -172,6 +191,15 @@ class _Seen:
     @property
     def metas(self) -> tuple[Meta, ...]:
         return tuple(map(Meta.of, self.inputs))
+
+    def signature(self, describe: sizes.Describe) -> object:
+        """What tells it from other calls, with its sizes in the words of ``describe``."""
+        return self.takes, [Meta.of(value, describe) for value in self.inputs]
+
+    @property
+    def operators(self) -> list[object]:
+        """What it did, no matter to what."""
+        return [step[0] for step in self.steps if isinstance(step, tuple) and step]
 
 
 _CARRIED = (torch.Tensor, *sizes.SYMBOLIC, int, float, bool, complex)

@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import enum
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import cast
 
 import torch
 
+from hopkit import codec
 from hopkit._torch import sizes, trees
 from hopkit._torch.autograd import needs_gradient, tied
 from hopkit._torch.fakes import Stage, same_storage
 from hopkit._torch.state import autocasting, functionalizing, is_tracked, tracked
 from hopkit._torch.watch import Substitute, Watch, wiring
 from hopkit.codec import Slot
-from hopkit.errors import CaptureError, DataDependentError, HopkitError
-from hopkit.layout import KEYWORD, Layout, Meta, Slots, Variant, fill
+from hopkit.errors import CallError, CaptureError, DataDependentError, HopkitError, LayoutError, SubgraphError
+from hopkit.layout import KEYWORD, Layout, Meta, Slots, Variant, fill, parameter_of
 from hopkit.probe import Graph, Probe, Unrecordable, Unrehearsable, identity, variable_name
 from hopkit.spec import Kind, OpSpec
 
@@ -55,7 +57,7 @@ class Recorder:
         self.spec = spec
         slots = Slots()
         self._values = {p.name: slots.split(values[p.name]) for p in spec.of_kind(Kind.OPERAND)}
-        options = {p.name: plain_number(values[p.name]) for p in spec.of_kind(Kind.OPTION)}
+        options = specialised(spec, values)
         self._options = {name: value for name, value in options.items() if is_keyword(name, value)}
         self._values.update({name: value for name, value in options.items() if name not in self._options})
         self.inputs = slots.inputs
@@ -71,15 +73,20 @@ class Recorder:
             for p in spec.of_kind(Kind.SUBGRAPH, Kind.SUBGRAPHS)
         }
 
-    def record(self) -> Recording:
+    def record(self, digest: str = "") -> Recording:
         """The call in flat form.
+
+        Args:
+            digest: What the op is today, where this becomes a node.
 
         Raises:
             Unrecordable: The call cannot be one node.
             DataDependentError: The body decides on a value, and ``inputs=`` or ``outputs=`` is missing.
         """
+        for name, value in self._values.items():
+            self._check_writable(name, value)
         with self._rehearsed() as result:
-            return self._close(result)
+            return self._close(result, digest)
 
     def refuse_writes(self) -> None:
         """All that has to be known of a call whose graph is carried as it stands.
@@ -99,7 +106,7 @@ class Recorder:
             self._fakes.extend(map(self._fake, self.inputs))
             try:
                 with self._watch:
-                    result = self._rehearse()
+                    result = self._checked(self._rehearse())
             except (HopkitError, Unrecordable):
                 raise
             except Exception as error:  # the author's, or one that only stand-ins raise
@@ -123,7 +130,22 @@ class Recorder:
             values[p.name] = tuple(probes) if p.kind is Kind.SUBGRAPHS else probes[0]
         return run_or_examples(self.spec, values)
 
+    def _checked(self, result: object) -> object:
+        for leaf in trees.leaves(result):
+            if not isinstance(leaf, _GIVEN):
+                raise SubgraphError(
+                    f"the body of op '{self.spec.name}'",
+                    f"returned a {type(leaf).__qualname__}: {leaf!r}",
+                    why="a graph cannot see the tensors in it",
+                    todo="Return a pytree (tuple, list, dict, named tuple, registered dataclass) of tensors or numbers",
+                )
+        return result
+
     # -- what a probe tells while its subgraph runs ------------------------------------------------------------------
+
+    def names(self) -> sizes.Names:
+        """As `hopkit.probe.Rehearsing` says."""
+        return sizes.Names(self._watch.made)
 
     def run(
         self,
@@ -132,19 +154,19 @@ class Recorder:
         kwargs: Mapping[str, object],
         inputs: Sequence[object],
     ) -> tuple[object, list[int], tuple[object, ...]]:
-        """Call a subgraph, with stand-ins in place of what it takes from outside.
-
-        Returns:
-            Its result; the numbers of the outside values; its steps, equal where the same is done to other values.
-        """
+        """As `hopkit.probe.Rehearsing` says."""
         used: list[int] = []
         covered = sizes.symbols(inputs)
+        before = frozenset(self._watch.made)
+        names = self.names()
+        for value in inputs:
+            Meta.of(value, names)  # the first names are theirs
 
         def replace(value: object) -> object:
             if isinstance(value, torch.Tensor):
                 if self._stage.owns(value):
                     return value
-            elif not sizes.symbols([value]) - covered - self._watch.made:
+            elif not sizes.symbols([value]) - covered - (self._watch.made - before):
                 return value
             self._refuse_constant(function, value)
             index = self._capture(value)
@@ -154,11 +176,11 @@ class Recorder:
             return self._fakes[index]
 
         first = len(self._watch.steps)
-        self._watch.made = set()
-        with Substitute(replace) as mode:
+        with Substitute(replace, names) as mode:
             result = mode.replaced(function(*args, **kwargs))
         self._inside.update(range(first, len(self._watch.steps)))
-        flow = wiring(self._watch.steps[first:], [*inputs, *(self._fakes[i] for i in used)], trees.leaves(result))
+        taken = [*inputs, *(self._fakes[i] for i in used)]
+        flow = wiring(self._watch.steps[first:], taken, trees.leaves(result), names)
         return result, used, (*mode.steps, *flow)
 
     def _refuse_constant(self, function: Callable[..., object], value: object) -> None:
@@ -182,7 +204,7 @@ class Recorder:
 
     # -- afterwards --------------------------------------------------------------------------------------------------
 
-    def _close(self, result: object) -> Recording:
+    def _close(self, result: object, digest: str) -> Recording:
         self._refuse_writes()
         leaves, tree = trees.flatten(result)
         kept: list[int] = []
@@ -209,8 +231,16 @@ class Recorder:
                 graphs.extend(new)
                 many.append(told)
             variants[name] = tuple(many)
-        layout = Layout(self._values, variants, tuple(map(Meta.of, self.inputs)), tuple(kept), len(leaves))
+        metas = tuple(map(Meta.of, self.inputs))
+        layout = Layout(self._values, variants, metas, tuple(kept), len(leaves), digest=digest)
         return Recording(tuple(graphs), tuple(self.inputs), self._options, layout, trees.unflatten(restored, tree))
+
+    def _check_writable(self, name: str, value: object) -> None:
+        try:
+            codec.dumps(value)
+        except LayoutError as error:
+            who, found = f"{self.spec.name}() argument '{name}'", f"holds {error.who}, which {error.found}"
+            raise LayoutError(who, found, why=error.why, todo=error.todo) from None
 
     def _refuse_writes(self) -> None:
         for index, fake in enumerate(self._fakes):
@@ -229,19 +259,12 @@ class Recorder:
             raise Unrecordable("two outputs share memory")
 
     def _undeclared(self, index: int, found: str, keyword: str, declared: Sequence[str]) -> Unrecordable:
-        name = self._parameter(index)
+        name = parameter_of(self._values, index)
         return Unrecordable(found, f'{keyword}=("{name}",)' if name else "", declared=name in declared)
-
-    def _parameter(self, index: int) -> str:
-        """The operand parameter that input number ``index`` belongs to, or "" for a capture."""
-        for name, value in self._values.items():
-            if any(isinstance(leaf, Slot) and leaf.index == index for leaf in trees.leaves(value)):
-                return name
-        return ""
 
     def _name(self, index: int) -> str:
         """What the author calls input number ``index``."""
-        if name := self._parameter(index):
+        if name := parameter_of(self._values, index):
             return f"operand '{name}'"
         for probes in self._probes.values():
             for probe in probes:
@@ -252,6 +275,8 @@ class Recorder:
 
 
 _NATIVE = (bool, int, float, str, type(None), torch.dtype, torch.device)
+_SETTINGS = (bytes, enum.Enum, torch.layout, torch.memory_format, torch.Size)
+_GIVEN = (torch.Tensor, *sizes.SYMBOLIC, complex, *_NATIVE, *_SETTINGS)
 _RESERVED = (KEYWORD, "self", "dispatch_key", "public_api", "relevant_args")
 """Names that a node's keywords cannot have: hopkit's own, and those of parameters on torch's way to a kernel."""
 
@@ -261,28 +286,52 @@ def is_keyword(name: str, value: object) -> bool:
     return type(value) in _NATIVE and name not in _RESERVED
 
 
-def plain_number(option: object) -> object:
-    """A symbolic option as a number: torch guards on it."""
-    return int(option) if isinstance(option, torch.SymInt) else option
+def specialised(spec: OpSpec, values: Mapping[str, object]) -> dict[str, object]:
+    """The options of a call, with numbers in place of symbols: torch guards on them.
+
+    Raises:
+        CallError: Only running the graph tells such a number.
+    """
+    options = {p.name: values[p.name] for p in spec.of_kind(Kind.OPTION)}
+    for name, value in options.items():
+        if any(map(sizes.unbacked, trees.leaves(value))):
+            raise CallError(
+                f"{spec.name}() argument '{name}'",
+                f"expected a constant, got {value}, which only running the graph tells",
+                why="an option is written into the graph",
+                todo=f"Make it an operand: `{name}: int | torch.SymInt`",
+            )
+    return {name: trees.map_leaves(_number, value) for name, value in options.items()}
+
+
+def _number(leaf: object) -> object:
+    kind = _NUMBERS.get(type(leaf))
+    return leaf if kind is None else kind(leaf)
+
+
+_NUMBERS: dict[type, Callable[..., object]] = {torch.SymInt: int, torch.SymFloat: float, torch.SymBool: bool}
 
 
 def plain_form(
-    spec: OpSpec, values: Mapping[str, object]
-) -> tuple[object, tuple[object, ...], dict[str, object]] | None:
+    spec: OpSpec, values: Mapping[str, object], *, nested: bool
+) -> tuple[object, object, dict[str, object]] | None:
     """``(graph, inputs, options)`` where the call needs no layout, or None.
 
-    That is an op of one ``GraphModule`` and one flat tuple, without a derivative to record: the graph is carried as it
-    stands, and the node says nothing but ``(graph, args)``.
+    That is an op of one ``GraphModule`` and one flat tuple, without a derivative to record: the node says nothing but
+    ``(graph, args)``. If ``nested``, args may be any list or tuple; not in a program that is exported, which could not
+    be saved.
     """
     if len(spec.parameters) < 2 or spec.autograd == "derive":
         return None
     subgraph, operand, *options = spec.parameters
     if not subgraph.graph_only or operand.kind is not Kind.OPERAND or any(p.kind is not Kind.OPTION for p in options):
         return None
-    inputs, chosen = values[operand.name], {p.name: plain_number(values[p.name]) for p in options}
-    if not trees.is_flat(inputs) or not all(is_keyword(name, value) for name, value in chosen.items()):
+    inputs, chosen = values[operand.name], specialised(spec, values)
+    nested = nested and isinstance(inputs, (tuple, list)) and not torch.compiler.is_exporting()
+    fits = trees.is_plain(inputs) if nested else trees.is_flat(inputs)
+    if not fits or not all(is_keyword(name, value) for name, value in chosen.items()):
         return None
-    return values[subgraph.name], cast("tuple[object, ...]", inputs), chosen
+    return values[subgraph.name], inputs, chosen
 
 
 def subgraphs(name: str, value: object) -> list[tuple[str, Callable[..., object]]]:

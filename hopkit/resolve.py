@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from hopkit._torch import keys
 from hopkit.errors import PluginError, RuleConflictError
@@ -15,11 +17,39 @@ from hopkit.spec import OpSpec
 BODY_MODES = ("device", "fake")
 """Modes whose rules have the body's own signature."""
 
-_PASSED = {"autograd": "(call)", "functionalize": "(layer, call)", "proxy": "(tracer, call)"}
+_PASSED = {
+    "dynamo": "(frame, op)",
+    "autograd": "(call)",
+    "functionalize": "(layer, call)",
+    "proxy": "(tracer, call)",
+    "inductor": "(call)",
+}
 """What the rules of the other built-in modes are called with."""
 
-Complain = Callable[[Sequence[str], PluginError], None]
-"""Told which plugins did what wrong. If it returns, they are passed over."""
+Complain = Callable[[str, PluginError], None]
+"""Told which plugin did what wrong. If it returns, the plugin is passed over."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Contested:
+    """What answers in a place that several plugins claim, until one of them goes or overrides the others."""
+
+    op: str
+    mode: str
+    plugins: tuple[str, ...]
+
+    def __call__(self, *_: object, **__: object) -> object:
+        raise self.error()
+
+    def error(self) -> RuleConflictError:
+        """What a call is told."""
+        names = sorted(self.plugins)
+        return RuleConflictError(
+            f"op '{self.op}' in mode '{self.mode}'",
+            f"is claimed by plugins {' and '.join(map(repr, names))}",
+            why="which of them answers would depend on the order of installation",
+            todo=f"Let one say so, `@hookimpl(overrides={names[0]!r})`, or block one, `HOPKIT_BLOCK={names[0]}`",
+        )
 
 
 def resolve(spec: OpSpec, author: Sequence[Answer], plugins: Plugins, complain: Complain) -> Table:
@@ -29,8 +59,7 @@ def resolve(spec: OpSpec, author: Sequence[Answer], plugins: Plugins, complain: 
         spec: The op.
         author: Rules that its author attached.
         plugins: Who is asked.
-        complain: Told of plugins that raise, that give what is no rule, or that claim the same place. What it raises
-            is passed on; where it returns, the first are passed over, and a call that two plugins claim raises.
+        complain: Told of a plugin that raises, or gives what is no rule. What it raises is passed on.
     """
     table: dict[str, tuple[Answer, ...]] = {}
     for mode in plugins.modes:
@@ -38,23 +67,30 @@ def resolve(spec: OpSpec, author: Sequence[Answer], plugins: Plugins, complain: 
             continue
         found = [answer for answer in author if answer.mode == mode.name]
         overrides: dict[str, tuple[str, ...]] = {}
-        for impl in plugins.impls(f"hopkit_{mode.name}_rule"):
-            if not impl.ops or spec.name in impl.ops:
-                overrides[impl.plugin] = impl.overrides
-                try:
-                    found.extend(_answers(spec, mode, impl))
-                except PluginError as error:
-                    complain([impl.plugin], error)
-        table[mode.name] = _ordered(spec, mode, found, overrides, complain)
+        for impl in plugins.impls(f"hopkit_{mode.name}_rule", spec.name):
+            overrides[impl.plugin] = impl.overrides
+            try:
+                found.extend(_answers(spec, mode, impl))
+            except PluginError as error:
+                complain(impl.plugin, error)
+        table[mode.name] = _ordered(spec, mode, found, overrides)
     return table
+
+
+def conflicts(table: Table) -> Iterator[Contested]:
+    """The places that several plugins claim, and where none of them overrides all others."""
+    for answers in table.values():
+        for _, here in itertools.groupby(answers, lambda answer: (answer.place, answer.device)):
+            first = next(here).rule
+            if isinstance(first, Contested):
+                yield first
 
 
 def _answers(spec: OpSpec, mode: Mode, impl: Impl) -> list[Answer]:
     place = Place.BUILTIN if impl.plugin in BUILTIN_PLUGINS else Place.OP if impl.ops else Place.MODE
-    who = f"plugin '{impl.plugin}', hook '{impl.hook}', op '{spec.name}'"
     answers = []
-    for device, rule in _per_device(mode, impl.ask(op=spec)):
-        check_rule(who, spec, mode, rule, device)
+    for device, rule in _per_device(mode, impl.ask(spec)):
+        check_rule(impl.who(spec), spec, mode, rule, device)
         answers.append(Answer(mode.name, rule, place, impl.plugin, device))
     return answers
 
@@ -75,10 +111,12 @@ def check_rule(who: str, spec: OpSpec, mode: Mode, rule: object, device: str = "
     if device and (mode.name != "device" or not keys.is_device(device)):
         found = f"a rule for device {device!r} in mode '{mode.name}'"
         raise _wrong(who, found, "a device type that torch knows ('cpu', 'cuda'), in mode 'device' alone")
-    if mode.name == "autograd" and hasattr(rule, "backward"):
-        forward = getattr(rule, "forward", None)
-        if not (callable(forward) and callable(rule.backward)):
-            raise _wrong(who, "an object without both `forward` and `backward`", wanted)
+    if mode.name == "autograd" and (hasattr(rule, "forward") or hasattr(rule, "backward")):
+        forward, backward = getattr(rule, "forward", None), getattr(rule, "backward", None)
+        wanted = f"`forward{spec.shown()} -> (out, saved)` and `backward(saved, *gradients)`, or {wanted}"
+        if not (callable(forward) and callable(backward)):
+            there, missing = ("forward", "backward") if callable(forward) else ("backward", "forward")
+            raise _wrong(who, f"an object with `{there}` and without `{missing}`", wanted)
         _check_signature(who, wanted, forward, lambda: spec.check_signature(forward))
     elif not callable(rule):
         raise _wrong(who, f"{rule!r}, a {type(rule).__qualname__}", wanted)
@@ -108,7 +146,7 @@ def _wrong(who: str, found: str, wanted: str) -> PluginError:
 
 
 def _ordered(
-    spec: OpSpec, mode: Mode, found: Sequence[Answer], overrides: Mapping[str, tuple[str, ...]], complain: Complain
+    spec: OpSpec, mode: Mode, found: Sequence[Answer], overrides: Mapping[str, tuple[str, ...]]
 ) -> tuple[Answer, ...]:
     ordered: list[Answer] = []
     for place in Place:
@@ -122,9 +160,9 @@ def _ordered(
                 first, contested = _settled(claims, overrides)
                 ordered.extend(first)
                 if contested:
-                    ordered.append(_refusal(spec, mode, contested))
-                if contested and not first:
-                    complain([claim.plugin for claim in contested], _conflict(spec, mode, contested))
+                    names = tuple(claim.plugin for claim in contested)
+                    rule = Contested(spec.name, mode.name, names)
+                    ordered.append(Answer(mode.name, rule, place, ", ".join(names), device))
     return tuple(ordered)
 
 
@@ -139,22 +177,3 @@ def _settled(claims: Sequence[Answer], overrides: Mapping[str, tuple[str, ...]])
         settled += free
         left.remove(free[0])
     return settled, left
-
-
-def _refusal(spec: OpSpec, mode: Mode, claims: Sequence[Answer]) -> Answer:
-    """What answers in a place that several plugins claim, until one of them goes or overrides the others."""
-
-    def refuse(*_: object, **__: object) -> object:
-        raise _conflict(spec, mode, claims)
-
-    return Answer(mode.name, refuse, claims[0].place, ", ".join(claim.plugin for claim in claims), claims[0].device)
-
-
-def _conflict(spec: OpSpec, mode: Mode, claims: Sequence[Answer]) -> RuleConflictError:
-    names = sorted(claim.plugin for claim in claims)
-    return RuleConflictError(
-        f"op '{spec.name}' in mode '{mode.name}'",
-        f"is claimed by plugins {' and '.join(map(repr, names))}",
-        why="which of them answers would depend on the order of installation",
-        todo=f"Let one say so, `@hookimpl(overrides={names[0]!r})`, or block one, `HOPKIT_BLOCK={names[0]}`",
-    )

@@ -50,6 +50,7 @@ class Parameter:
         passing: How Python passes it (``inspect.Parameter.KEYWORD_ONLY`` and so on).
         default: ``inspect.Parameter.empty`` where there is none.
         graph_only: A subgraph that must be a ``torch.fx.GraphModule``.
+        accepts: What an option may be: its annotation, made of classes, unions, literals and tuples alone.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Parameter:
     passing: inspect._ParameterKind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     default: object = inspect.Parameter.empty
     graph_only: bool = False
+    accepts: object = object
 
     @property
     def variadic(self) -> bool:

@@ -7,11 +7,12 @@ from typing import cast
 
 import torch
 
-from hopkit._torch import trees
+from hopkit._torch import sizes, trees
 from hopkit._torch.fakes import autograd_on
+from hopkit._torch.sizes import Equal
 from hopkit._torch.state import forward_mode, transforming
 from hopkit.errors import LayoutError, RuleError, SignatureError
-from hopkit.layout import Layout, Slots, Variant, fill
+from hopkit.layout import REGION, Layout, Slots, Variant, fill
 from hopkit.spec import Kind, OpSpec
 
 Flat = Callable[[Sequence[object]], tuple[object, ...]]
@@ -43,9 +44,9 @@ class Replayed:
     def __call__(self, /, *args: object, **kwargs: object) -> object:
         leaves, tree = trees.flatten((args, kwargs))
         # A graph for just these sizes comes before one for sizes that only running the op can tell.
-        for surely in (True, False):
+        for equal in Equal:
             for variant in self._variants:
-                slots = variant.match(leaves, tree, self._symbols, surely=surely)
+                slots = variant.match(leaves, tree, self._symbols, equal)
                 if slots is not None:
                     captures = [self._inputs[i] for i in variant.captures]
                     outputs = cast("Sequence[object]", self._graphs[variant.graph](*slots, *captures))
@@ -111,9 +112,12 @@ def flat(
             )
         return tuple(leaves[i] for i in layout.outputs)
 
+    def part(inputs: Sequence[object]) -> tuple[object, ...]:
+        return tuple(cast("Sequence[object]", graphs[0](*inputs)))
+
     result: Flat = run
     for name, *rest in layout.transforms:
-        result = TRANSFORMS[cast("str", name)](result, *rest)
+        result = part if name == REGION else TRANSFORMS[cast("str", name)](result, *rest)
     return result
 
 
@@ -134,7 +138,7 @@ def vjp(run: Flat, wrt: Sequence[int], given: Sequence[int]) -> Flat:
                 primals[i] = _leaf(cast("torch.Tensor", primals[i]))
             outputs = run(primals)
             pairs = [
-                (output, cast("torch.Tensor", gradient))
+                (output, _sized(cast("torch.Tensor", gradient), output))
                 for output, gradient in zip((outputs[i] for i in given), gradients, strict=True)
                 if isinstance(output, torch.Tensor) and output.requires_grad
             ]
@@ -149,6 +153,7 @@ def vjp(run: Flat, wrt: Sequence[int], given: Sequence[int]) -> Flat:
                 allow_unused=True,
                 materialize_grads=True,
             )
+            results = tuple(map(_sized, results, sources))
         return results if again else tuple(result.detach() for result in results)
 
     return transformed
@@ -164,6 +169,13 @@ def _vjp_inside_transforms(
 
     _, pull, *_ = torch.func.vjp(chosen, *(primals[i] for i in wrt))
     return cast("tuple[object, ...]", pull(tuple(gradients)))
+
+
+def _sized(gradient: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """A gradient of ``value``. On stand-ins, sizes that only running the op tells have other symbols each time."""
+    if not any(map(sizes.unbacked, (*gradient.shape, *value.shape))):
+        return gradient
+    return torch.zeros_like(value, dtype=gradient.dtype) + gradient.sum()
 
 
 def _leaf(tensor: torch.Tensor) -> torch.Tensor:

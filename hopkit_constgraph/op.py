@@ -56,15 +56,15 @@ def functionalize(layer: Functionalizer, call: Call) -> object:
 
 
 def as_given(call: Call) -> torch.fx.GraphModule:
-    """The graph of a call on one flat tuple.
+    """The graph of a call that needs no layout.
 
     Raises:
-        Decline: The arguments are nested; the built-in rules flatten them, and trace the graph anew.
+        Decline: Its graph is another one, traced anew to take one flat tuple; the built-in rules know what to do.
     """
+    if call.layout is not None:
+        raise Decline("its graph was traced anew")
     (graph,) = call.graphs
-    if not isinstance(graph, torch.fx.GraphModule):
-        raise Decline("its arguments are nested")
-    return graph
+    return cast("torch.fx.GraphModule", graph)
 
 
 @hookimpl

@@ -107,6 +107,9 @@ DECOMPOSED: dict[str, Model] = {
     "hook": lambda twice, x, w: twice(lambda y: hooked(y, w), x),
 }
 
+DECOMPOSED_AHEAD = ("backward of its own", "backward in a nested op")
+"""AOTAutograd records forward and backward together; but the tensor that such a function takes is not replaced."""
+
 
 def compare(step: Callable[..., object], recorded: Callable[..., object]) -> None:
     torch.manual_seed(0)
@@ -146,7 +149,7 @@ def test_under_aot_autograd(name: str) -> None:
         return (KEPT | DECOMPOSED)[name](twice, x, w)
 
     compare(trained(model), trained(aot_function(model, compiler)))
-    assert [bool(nodes(graph, twice)) for graph in graphs] == [name in KEPT] * 2
+    assert [bool(nodes(graph, twice)) for graph in graphs] == [name not in DECOMPOSED_AHEAD] * 2
 
 
 @pytest.mark.parametrize("name", ["capture", "nested", "dropout", "no_grad"])

@@ -66,22 +66,80 @@ def test_a_command_that_makes_no_sense_ends_with_2(argv: list[str], capsys: Capt
 
 def test_plugins_are_listed(capsys: Capture) -> None:
     assert main(["plugins"]) == 0
-    header, first, *_ = capsys.readouterr().out.splitlines()
-    assert header.split() == ["plugin", "distribution", "version", "state", "answers"]
-    assert first.split() == ["hopkit.rules.autograd", "hopkit", hopkit.__version__, "loaded", "hopkit_autograd_rule"]
+    header, *rows = (line.split() for line in capsys.readouterr().out.splitlines())
+    assert header == ["plugin", "distribution", "version", "state", "answers"]
+    assert ["hopkit.rules.device", "hopkit", hopkit.__version__, "loaded", "hopkit_device_rule"] in rows
 
 
-def test_a_plugin_that_failed_is_listed_and_the_status_says_so(tmp_path: Path) -> None:
-    info = tmp_path / "broken-1.dist-info"
+def install(folder: Path, name: str, code: str) -> None:
+    """A distribution with one module, which is a plugin."""
+    info = folder / f"{name}-1.dist-info"
     info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 1\n", encoding="utf-8")
-    (info / "entry_points.txt").write_text("[hopkit]\nbroken = there_is_no_such_module\n", encoding="utf-8")
-    command = [sys.executable, "-m", "hopkit", "plugins", "--json"]
-    path = os.pathsep.join([str(tmp_path), str(Path(hopkit.__file__).parents[1])])
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1\n", encoding="utf-8")
+    (info / "entry_points.txt").write_text(f"[hopkit]\n{name} = t_installed_{name}\n", encoding="utf-8")
+    (folder / f"t_installed_{name}.py").write_text(code, encoding="utf-8")
+
+
+def run(folder: Path, *argv: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """One command, where what is in the folder is installed."""
+    path = os.pathsep.join([str(folder), str(Path(hopkit.__file__).parents[1])])
+    environment = {**os.environ, "PYTHONPATH": path, **variables}
+    command = [sys.executable, "-m", "hopkit", *argv]
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
+RULE = """
+from hopkit.extend import hookimpl
+
+@hookimpl
+def hopkit_device_rule(op):
+    return {}
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "state", "message"),
+    [
+        ("import there_is_no_such_module", "failed", "ModuleNotFoundError"),
+        ("import sys; sys.exit()", "failed", "cannot be imported: t_installed_broken raised SystemExit"),
+        (RULE.format("1 / 0"), "faulty", "op 'constgraph_run' raised ZeroDivisionError"),
+        (RULE.format("7"), "faulty", "op 'constgraph_run' gave 7, a int"),
+    ],
+    ids=["import", "exit", "raising", "type"],
+)
+def test_a_plugin_that_is_broken_is_listed_and_the_status_says_so(
+    code: str, state: str, message: str, tmp_path: Path
+) -> None:
+    install(tmp_path, "broken", code)
+    done = run(tmp_path, "plugins", "--json", HOPKIT_PLUGINS="constgraph,broken")
+    infos = {info["name"]: info for info in json.loads(done.stdout)}
     assert done.returncode == 1
-    (broken,) = [info for info in json.loads(done.stdout) if info["name"] == "broken"]
-    assert "there_is_no_such_module" in broken["error"]
+    assert infos["broken"]["state"] == state
+    assert message in infos["broken"]["error"]
+    assert (infos["constgraph"]["state"], infos["constgraph"]["error"]) == ("loaded", "")
+    assert done.stderr.count(message) == 1
+
+
+@pytest.mark.parametrize("variable", ["HOPKIT_PLUGINS", "HOPKIT_BLOCK"])
+def test_a_variable_that_names_what_is_not_installed_is_told_of(variable: str, tmp_path: Path) -> None:
+    done = run(tmp_path, "plugins", **{variable: "nope"})
+    assert done.returncode == 0
+    assert done.stderr.startswith(f"hopkit: warning: {variable} names plugin 'nope', which is not installed")
+
+
+def test_a_conflict_of_installed_plugins_is_told_by_every_command_that_meets_it(tmp_path: Path) -> None:
+    for name in ("left", "right"):
+        install(tmp_path, name, RULE.format("lambda graph, args: args"))
+    chosen = "constgraph,left,right"
+    listed = run(tmp_path, "plugins", HOPKIT_PLUGINS=chosen)
+    explanation = run(tmp_path, "explain", "run_const_graph", HOPKIT_PLUGINS=chosen)
+    checked = run(tmp_path, "check", "run_const_graph", "--mode", "fake", HOPKIT_PLUGINS=chosen)
+    message = "op 'constgraph_run' in mode 'device' is claimed by plugins 'left' and 'right'"
+    assert [line.split()[3] for line in listed.stdout.splitlines() if message in line] == ["faulty", "faulty"]
+    assert [line.split()[:2] for line in explanation.stdout.splitlines() if message in line] == [["device", "conflict"]]
+    assert checked.stdout.splitlines()[1].split()[:3] == ["device", "any", "error"]
+    assert message in checked.stdout.splitlines()[1]
+    assert [done.returncode for done in (listed, explanation, checked)] == [1, 1, 1]
 
 
 def test_ops_are_listed(capsys: Capture) -> None:
@@ -111,6 +169,12 @@ def test_an_explanation_as_json(capsys: Capture) -> None:
 def test_an_unknown_op_ends_with_2_and_a_suggestion(command: str, capsys: Capture) -> None:
     assert main([command, "demo_onec"]) == 2
     assert "Did you mean 'demo_once'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["explain", "check"])
+def test_an_error_as_json(command: str, capsys: Capture) -> None:
+    assert main([command, "demo_onec", "--json"]) == 2
+    assert json.loads(capsys.readouterr().out)["error"].startswith("op 'demo_onec' is not defined")
 
 
 # check
@@ -192,6 +256,17 @@ def test_a_program_that_no_plugin_reads_ends_with_2(program: str, capsys: Captur
     hopkit.register(FromProgram(), "from_program")
     assert main(["check", "demo_wrong", "--program", program]) == 2
     assert "no plugin makes samples of op 'demo_wrong'" in capsys.readouterr().err
+
+
+def test_samples_that_are_none_end_with_2(program: str, capsys: Capture) -> None:
+    class Wrong:
+        @hookimpl
+        def hopkit_samples_from_program(self, op: OpSpec, program: torch.export.ExportedProgram) -> list[int]:
+            return [7]
+
+    hopkit.register(Wrong(), "wrong")
+    assert main(["check", "demo_once", "--program", program]) == 2
+    assert "plugin 'wrong', hook 'hopkit_samples_from_program', op 'demo_once' gave [7]" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("text", "told"), [(None, "there is no file"), ("no program", "is no exported program")])

@@ -7,13 +7,14 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 import hopkit
-from hopkit import DuplicateOpError, SpecError
+from hopkit import CallError, DuplicateOpError, SpecError
 from hopkit.kit import fresh
 
 
@@ -149,6 +150,10 @@ def define():
 
 def table():
     return sys.modules["torch._dynamo.variables.higher_order_ops"]._hop_name_to_variable_class
+
+def reads_it_as_torch_s():
+    entry = table().get("cond")
+    return entry is not None and entry.__module__ == "torch._dynamo.variables.higher_order_ops"
 """
 
 
@@ -164,7 +169,7 @@ def test_dynamo_imported_before() -> None:
         assert cond() == [1, 1]
         theirs = table()["cond"]
         op = define()
-        assert "cond" not in table()
+        assert not reads_it_as_torch_s()
         hopkit.undefine(op)
         assert table()["cond"] is theirs
         assert cond() == [1, 1]
@@ -178,10 +183,10 @@ def test_dynamo_imported_while_the_name_is_taken() -> None:
         op = define()
         import torch._dynamo
         import torch._dynamo.variables
-        assert "cond" not in table()
+        assert not reads_it_as_torch_s()
         assert "while_loop" in table()
         hopkit.undefine(op)
-        assert "cond" in table()
+        assert reads_it_as_torch_s()
         assert cond() == [1, 1]
         """
     )
@@ -202,7 +207,7 @@ def test_a_name_taken_twice_comes_back_whole() -> None:
         first, second = define(), define()
         import torch._dynamo.variables
         hopkit.undefine(second)
-        assert "cond" not in table()
+        assert not reads_it_as_torch_s()
         hopkit.undefine(first)
         assert cond() == [1, 1]
         """
@@ -248,6 +253,32 @@ def test_a_decorator_without_a_name_is_refused() -> None:
         @hopkit.define  # type: ignore[call-overload] # the mistake
         def nameless(body: hopkit.Subgraph, x: Tensor) -> Tensor:
             return body(x)
+
+
+@pytest.mark.parametrize("given", [3, None, ["t_name"]])
+def test_a_name_is_text(given: object) -> None:
+    with pytest.raises(
+        CallError, match=r"hopkit.define\(\) expected a name or an OpSpec, got .*\(\"mypackage_myop\"\)"
+    ):
+        hopkit.define(given)  # type: ignore[call-overload] # the mistake
+
+
+@pytest.mark.parametrize("given", ["t_name", 3, torch.sin])
+def test_only_an_op_can_be_undefined(given: Any) -> None:
+    op = define("t_name")
+    with pytest.raises(CallError, match=r"hopkit.undefine\(\) expected an op, got .*`hopkit.ops\(\)\["):
+        hopkit.undefine(given)
+    assert hopkit.ops()["t_name"] is op
+
+
+@pytest.mark.parametrize("given", ["t_name", 3, torch.sin])
+def test_only_ops_can_vanish(given: Any) -> None:
+    op = define("t_name")
+    with (
+        pytest.raises(CallError, match=r"hopkit.decompose\(\) expected an op, got .*`hopkit.ops\(\)\["),
+        hopkit.decompose(op, given),
+    ):
+        pass
 
 
 def test_an_error_can_be_sent_to_another_process() -> None:

@@ -132,3 +132,19 @@ def test_meta_tensors() -> None:
     twice = define_twice()
     assert twice(torch.sin, X.to("meta")).is_meta
     assert record(lambda x: twice(torch.sin, x), X.to("meta"))(X.to("meta")).is_meta
+
+
+def test_a_branch_on_meta_tensors() -> None:
+    choose = define_if()
+    weight = W.to("meta").requires_grad_()
+    y = choose(X.to("meta").sum(), lambda z: z @ weight, torch.cos, X.to("meta"))
+    y.sum().backward()
+    assert (y.shape, y.is_meta) == (X.shape, True)
+    assert weight.grad is not None
+    assert weight.grad.is_meta
+
+
+def test_a_branch_on_meta_tensors_that_closes_over_a_real_one() -> None:
+    choose, weight = define_if(), W.clone().requires_grad_()
+    y = choose(X.to("meta").sum(), lambda z: z @ weight, torch.cos, X.to("meta"))
+    assert (y.shape, y.is_meta, y.requires_grad) == (X.shape, True, True)

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import typing
 from collections import OrderedDict, namedtuple
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Generic, Literal, NamedTuple, NewType, Optional, TypedDict, TypeVar, Union
 
 import pytest
@@ -96,6 +96,7 @@ class Step(Subgraph[Tensor], typing.Protocol):
 
 
 Nested = TypeAliasType("Nested", "Tensor | tuple[Nested, ...]")
+Sizes = TypeAliasType("Sizes", "int | tuple[Sizes, ...]")
 Pair = TypeAliasType("Pair", tuple[T, T], type_params=(T,))
 Forest = dict[str, "Forest | Tensor"]
 
@@ -210,8 +211,6 @@ def test_variadic_subgraphs_are_a_tuple_of_them() -> None:
         typing.Tuple,  # noqa: UP006
         tuple[object, ...],
         dict[str, Any],
-        object,
-        Any,
         State,
         Loose,
         Batch,
@@ -221,6 +220,7 @@ def test_variadic_subgraphs_are_a_tuple_of_them() -> None:
         Box,
         Annotated[Tensor, "contiguous"],
         T,
+        T | None,
         BoundT,
         "tuple[BoundT, ...]",
         Pair[Tensor],
@@ -298,6 +298,30 @@ def test_variadic_ints_are_an_option() -> None:
     assert sizes.variadic
 
 
+@pytest.mark.parametrize(
+    ("annotation", "accepts"),
+    [
+        (None, type(None)),
+        (Literal["a", 1], Literal["a", 1]),
+        (int | None, int | None),
+        ("int | None", int | None),
+        (Size, int),
+        (ChoiceT, int | str),
+        (Annotated[float, "positive"], float),
+        (tuple[Size, ...], tuple[int, ...]),
+        (tuple["int", Pair[str]], tuple[int, tuple[str, str]]),
+        (Setup, Setup),
+        (Box[int], Box),
+        (Chain | None, Chain | None),
+        (Sizes, int | tuple[object, ...]),
+        (torch.types.Device, torch.device | str | int | None),
+    ],
+    ids=str,
+)
+def test_what_an_option_may_be_is_written_out(annotation: object, accepts: object) -> None:
+    assert one(annotation).accepts == accepts
+
+
 # A whole parameter
 
 
@@ -307,7 +331,7 @@ def test_a_parameter_keeps_how_it_is_passed_and_its_default() -> None:
     assert parse(body) == (
         Parameter("f", Kind.SUBGRAPH, "Subgraph", inspect.Parameter.POSITIONAL_ONLY),
         Parameter("x", Kind.OPERAND, "Tensor"),
-        Parameter("scale", Kind.OPTION, "float", inspect.Parameter.KEYWORD_ONLY, 1.0),
+        Parameter("scale", Kind.OPTION, "float", inspect.Parameter.KEYWORD_ONLY, 1.0, accepts=float),
     )
 
 
@@ -460,6 +484,13 @@ def test_a_subgraph_travels_alone(annotation: object) -> None:
     assert "`x: tuple[hopkit.Subgraph, ...]`" in message
 
 
+@pytest.mark.parametrize("annotation", [object, Any, "object", Any | None, int | Any], ids=str)
+def test_anything(annotation: object) -> None:
+    message = refusal(annotation)
+    assert "which is no subgraph, no operand and no option. Anything may stand there" in message
+    assert "Write `x: torch.Tensor`, `x: tuple[object, ...]` (or list, dict) for any pytree" in message
+
+
 def test_no_subgraph() -> None:
     def body(x: Tensor) -> None: ...
 
@@ -503,11 +534,51 @@ def test_a_default_must_fit_its_option(default: object) -> None:
         parse(body)
 
 
+def test_a_default_must_be_what_the_annotation_says() -> None:
+    def body(f: Subgraph, n: int = "one") -> None: ...  # type: ignore[assignment]
+
+    with pytest.raises(SpecError, match=r"'n' of .* has a default that does not fit: expected int, got str 'one'"):
+        parse(body)
+
+
 def test_a_default_must_fit_its_subgraph() -> None:
     def body(f: Subgraph = None) -> None: ...  # type: ignore[assignment]
 
     with pytest.raises(SpecError, match="has a default that does not fit: expected a callable, got NoneType"):
         parse(body)
+
+
+class Asynchronous:
+    async def __call__(self, f: Subgraph, x: Tensor) -> Tensor:
+        return f(x)
+
+
+async def asynchronous(f: Subgraph, x: Tensor) -> Tensor:
+    return f(x)
+
+
+def generating(f: Subgraph, x: Tensor) -> Iterator[Tensor]:
+    yield f(x)
+
+
+async def both(f: Subgraph, x: Tensor) -> AsyncIterator[Tensor]:
+    yield f(x)
+
+
+@pytest.mark.parametrize(
+    ("body", "kind"),
+    [
+        (asynchronous, "a coroutine (`async def`)"),
+        (Asynchronous(), "a coroutine (`async def`)"),
+        (functools.partial(asynchronous), "a coroutine (`async def`)"),
+        (generating, "a generator (it yields)"),
+        (both, "a generator (it yields)"),
+    ],
+)
+def test_a_body_that_waits_to_be_driven(body: Callable[..., object], kind: str) -> None:
+    with pytest.raises(SpecError) as caught:
+        parse(body)
+    assert caught.value.found == f"is {kind}"
 
 
 def test_a_body_without_a_signature() -> None:

@@ -8,7 +8,6 @@ import importlib
 import os
 import subprocess
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -20,7 +19,8 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import hopkit
-from hopkit import HopkitWarning, kit, manager
+import hopkit.installed
+from hopkit import HopkitWarning, kit
 from hopkit.extend import Mode, OpSpec, PluginError, Rule, hookimpl
 from hopkit.kit import Kit, fresh
 
@@ -50,6 +50,11 @@ def twos(body: hopkit.Subgraph, x: Tensor) -> Tensor:
     return torch.full_like(x, 2)
 
 
+def info(name: str) -> hopkit.PluginInfo:
+    (found,) = [info for info in hopkit.plugins() if info.name == name]
+    return found
+
+
 class Twos:
     """Answers for every op: it is 2."""
 
@@ -60,7 +65,7 @@ class Twos:
 
 def registries(host: Kit) -> object:
     """All that a plugin can change."""
-    listed = [(info.name, info.hooks, info.modes) for info in host.plugins.infos({}) if not info.error]
+    listed = [(info.name, info.hooks, info.modes) for info in host.plugins.infos({}, {}) if info.state == "loaded"]
     tables = [(name, dict(op.table), set(op.operator.py_kernels)) for name, op in host.ops.items()]
     return listed, tables, [name for name in dir(torch.ops.higher_order) if name.startswith("t_")], host.plugins.modes
 
@@ -126,8 +131,9 @@ def test_the_listing_says_what_a_plugin_supplies() -> None:
             return [op]
 
     hopkit.register(Brings(), "brings")
-    (info,) = [info for info in hopkit.plugins() if info.name == "brings"]
-    assert info == hopkit.PluginInfo("brings", hooks=("hopkit_add_ops", "hopkit_device_rule"), ops=("t_apply",))
+    assert info("brings") == hopkit.PluginInfo(
+        "brings", hooks=("hopkit_add_ops", "hopkit_device_rule"), ops=("t_apply",)
+    )
     builtin = hopkit.plugins()[0]
     assert builtin.builtin
     assert (builtin.distribution, builtin.version) == ("hopkit", hopkit.__version__)
@@ -240,7 +246,7 @@ BROKEN = {
     ),
     "raising": (
         written(hopkit_device_rule=marked(raises)),
-        r"plugin 'broken', hook 'hopkit_device_rule' raised ValueError: out of paint \(asked for OpSpec\('t_apply'",
+        "plugin 'broken', hook 'hopkit_device_rule', op 't_apply' raised ValueError: out of paint",
     ),
     "gives no rule": (written(hopkit_device_rule=marked(lambda op: 7)), "op 't_apply' gave 7, a int.*takes"),
     "gives a rule with another signature": (
@@ -256,6 +262,7 @@ BROKEN = {
     ),
     "raises when asked for modes": (written(hopkit_add_modes=marked(lambda: 1 // 0)), "raised ZeroDivisionError"),
     "brings what is no op": (written(hopkit_add_ops=marked(lambda: [twos])), "'hopkit_add_ops' gave <function twos"),
+    "exits": (written(hopkit_device_rule=marked(lambda op: sys.exit(3))), "raised SystemExit: 3"),
 }
 
 
@@ -269,6 +276,28 @@ def test_a_broken_plugin_is_refused_by_name_and_changes_nothing(case: str, host:
         hopkit.register(plugin, "broken")
     assert registries(host) == before
     hopkit.register(written(hopkit_fake_rule=marked(lambda op: None)), "broken")  # the name is free
+
+
+def test_an_op_of_a_plugin_that_is_refused_goes_with_it(host: Kit) -> None:
+    def half() -> Iterator[Apply]:
+        yield define("t_half")
+        raise ValueError("out of paint")
+
+    before = registries(host)
+    with pytest.raises(PluginError, match="plugin 'broken', hook 'hopkit_add_ops' raised ValueError: out of paint"):
+        hopkit.register(written(hopkit_add_ops=marked(half)), "broken")
+    assert registries(host) == before
+
+
+def test_a_plugin_is_asked_for_its_ops_once() -> None:
+    class Defines:
+        @hookimpl
+        def hopkit_add_ops(self) -> list[Apply]:
+            return [define("t_late")]
+
+    hopkit.register(Defines(), "defines")
+    for _ in range(2):
+        assert [info.ops for info in hopkit.plugins() if info.name == "defines"] == [("t_late",)]
 
 
 def test_names_in_hookimpl_are_strings() -> None:
@@ -286,17 +315,19 @@ def test_a_plugin_that_raises_for_a_later_op_is_told_of_and_passed_over() -> Non
     hopkit.register(written(hopkit_device_rule=marked(picky)), "picky")
     with pytest.warns(HopkitWarning, match="plugin 'picky'.*out of paint"):
         later = define("t_later")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        hopkit.register(Twos(), "twos")
+    hopkit.register(Twos(), "twos")  # every op asks again: what was told is not told twice
     assert value(later) == 2
+    assert info("picky").state == "faulty"
 
 
 def test_a_listener_that_raises_is_told_of_and_the_op_is_there() -> None:
     hopkit.register(written(hopkit_op_defined=marked(raises)), "listener")
-    with pytest.warns(HopkitWarning, match="plugin 'listener', hook 'hopkit_op_defined' raised ValueError"):
+    with pytest.warns(
+        HopkitWarning, match="plugin 'listener', hook 'hopkit_op_defined', op 't_apply' raised ValueError"
+    ):
         op = define()
     assert value(op) == 0
+    assert info("listener").state == "faulty"
 
 
 # Installed plugins
@@ -314,7 +345,7 @@ class Installed:
     def __init__(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self._folder, self._monkeypatch, self._entries = tmp_path, monkeypatch, list[EntryPoint]()
         monkeypatch.syspath_prepend(tmp_path)
-        monkeypatch.setattr(manager, "entry_points", lambda group: list(self._entries))
+        monkeypatch.setattr(hopkit.installed, "entry_points", lambda group: list(self._entries))
 
     def add(self, name: str, code: str = "", *, module: str = "") -> None:
         module = module or f"t_plugin_{name}"
@@ -372,7 +403,7 @@ def hopkit_tile_rule(op):
 
 
 def loaded() -> list[str]:
-    return [info.name for info in hopkit.plugins() if not info.builtin and not info.error]
+    return [info.name for info in hopkit.plugins() if not info.builtin and info.state != "failed"]
 
 
 def test_an_installed_plugin_serves_the_first_call(installed: Installed) -> None:
@@ -382,8 +413,8 @@ def test_an_installed_plugin_serves_the_first_call(installed: Installed) -> None
 
 def test_an_installed_plugin_is_listed_with_its_distribution(installed: Installed) -> None:
     installed.add("brings", OP.format("brought"))
-    (info,) = [info for info in hopkit.plugins() if not info.builtin]
-    assert info == hopkit.PluginInfo("brings", "dist-brings", "1.2", ("hopkit_add_ops",), ops=("t_brought",))
+    expected = hopkit.PluginInfo("brings", "dist-brings", "1.2", ("hopkit_add_ops",), ops=("t_brought",))
+    assert [info for info in hopkit.plugins() if not info.builtin] == [expected]
     assert "t_brought" in hopkit.ops()
 
 
@@ -411,6 +442,10 @@ BROKEN_CODE = {
     "misspelt": ("@hookimpl\ndef hopkit_devise_rule(op): ...\n", "did you mean 'hopkit_device_rule'"),
     "wrong argument": ("@hookimpl\ndef hopkit_device_rule(spec): ...\n", r"takes \(spec\)"),
     "raises when asked for modes": ("@hookimpl\ndef hopkit_add_modes(): 1 / 0\n", "ZeroDivisionError"),
+    "raises when asked for ops": ("@hookimpl\ndef hopkit_add_ops(): 1 / 0\n", "ZeroDivisionError"),
+    "brings what is no op": ("@hookimpl\ndef hopkit_add_ops(): return ['t_half']\n", "'hopkit_add_ops' gave 't_half'"),
+    "exits": ("import sys; sys.exit('no paint')", "cannot be imported.*SystemExit: no paint"),
+    "raises what is no Exception": ("class Odd(BaseException): pass\nraise Odd('no paint')", "Odd: no paint"),
 }
 
 
@@ -423,10 +458,48 @@ def test_a_broken_installed_plugin_is_told_of_and_the_others_serve(installed: In
     with pytest.warns(HopkitWarning, match=f"plugin 'broken'.*{message}"):
         assert value(op) == 2
     assert loaded() == ["twos"]
-    (info,) = [info for info in hopkit.plugins() if info.error]
-    assert (info.name, info.distribution) == ("broken", "dist-broken")
+    assert (info("broken").state, info("broken").distribution) == ("failed", "dist-broken")
     assert set(hopkit.ops()) == {"t_apply"}
     assert not hasattr(torch.ops.higher_order, "t_half")
+
+
+FAULTY_CODE = {
+    "raises": ("@hookimpl\ndef hopkit_device_rule(op): 1 / 0\n", "op 't_apply' raised ZeroDivisionError"),
+    "gives no rule": ("@hookimpl\ndef hopkit_fake_rule(op): return object()\n", "op 't_apply' gave <object object"),
+    "gives another signature": ("@hookimpl\ndef hopkit_proxy_rule(op): return lambda: 0\n", r"takes \(\)"),
+    "raises when it hears of an op": ("@hookimpl\ndef hopkit_op_defined(op): 1 / 0\n", "raised ZeroDivisionError"),
+}
+
+
+@pytest.mark.parametrize("case", FAULTY_CODE)
+def test_an_installed_plugin_whose_hook_fails_is_told_of_once_and_listed_as_faulty(
+    installed: Installed, case: str
+) -> None:
+    code, message = FAULTY_CODE[case]
+    installed.add("broken", code)
+    installed.add("twos", TWOS)
+    op = define()
+    with pytest.warns(HopkitWarning, match=f"plugin 'broken'.*{message}") as told:
+        assert value(op) == 2
+    hopkit.unregister("twos")  # every op asks again, and a second warning would be an error
+    assert info("broken").state == "faulty"
+    assert [str(warning.message) for warning in told] == [info("broken").error]
+
+
+def test_of_many_faults_the_first_is_listed_and_the_others_are_counted(installed: Installed) -> None:
+    installed.add("broken", FAULTY_CODE["raises"][0])
+    for i in range(3):
+        define(f"t_{i}")
+    with pytest.warns(HopkitWarning):
+        hopkit.plugins()
+    assert "op 't_0'" in info("broken").error
+    assert info("broken").error.endswith("(And 2 more.)")
+
+
+def test_a_hook_for_one_op_hears_of_no_other(installed: Installed) -> None:
+    installed.add("broken", "@hookimpl(op='t_other')\ndef hopkit_op_defined(op): 1 / 0\n")
+    define()
+    assert info("broken").state == "loaded"
 
 
 def test_what_a_broken_plugin_imported_stays(installed: Installed) -> None:
@@ -445,6 +518,26 @@ def test_warnings_as_errors_leave_everything_in_order(installed: Installed) -> N
     assert value(op) == 2
 
 
+def test_warnings_as_errors_do_not_stop_another_plugin(installed: Installed) -> None:
+    installed.add("broken", "raise RuntimeError('no paint')")
+    installed.add("brings", OP.format("brought"))
+    with pytest.raises(HopkitWarning, match="no paint"):
+        hopkit.ops()
+    assert loaded() == ["brings"]
+
+
+def test_an_import_that_is_interrupted_is_begun_again(installed: Installed, monkeypatch: pytest.MonkeyPatch) -> None:
+    installed.add("twos", TWOS)
+    installed.add("slow", "import os\nif 'T_INTERRUPTED' in os.environ: raise KeyboardInterrupt\n" + OP.format("slow"))
+    monkeypatch.setenv("T_INTERRUPTED", "1")
+    op = define()
+    with pytest.raises(KeyboardInterrupt):
+        value(op)
+    monkeypatch.delenv("T_INTERRUPTED")
+    assert value(op) == 2
+    assert loaded() == ["twos", "slow"]
+
+
 def test_two_installed_plugins_in_one_place_are_told_of_where_it_matters(installed: Installed) -> None:
     installed.add("a", TWOS)
     installed.add("b", TWOS.replace("2", "3"))
@@ -453,8 +546,20 @@ def test_two_installed_plugins_in_one_place_are_told_of_where_it_matters(install
     for _ in range(2):
         with pytest.raises(hopkit.RuleConflictError, match="'a' and 'b'"):
             value(op)
+    for name in "ab":
+        assert info(name).state == "faulty"
+        assert "op 't_apply' in mode 'device' is claimed by plugins 'a' and 'b'" in info(name).error
     hopkit.unregister("b")
     assert value(op) == 2
+    assert info("a") == hopkit.PluginInfo("a", "dist-a", "1.2", ("hopkit_device_rule",))
+
+
+def test_a_conflict_that_a_third_plugin_settles_is_none(installed: Installed) -> None:
+    installed.add("a", TWOS)
+    installed.add("b", TWOS)
+    installed.add("referee", TWOS.replace("@hookimpl", "@hookimpl(overrides=('a', 'b'))"))
+    define()
+    assert [info(name).state for name in ("a", "b", "referee")] == ["loaded"] * 3
 
 
 def test_two_distributions_with_one_name_are_told_of(installed: Installed) -> None:
@@ -491,7 +596,7 @@ def test_an_author_s_rule_for_a_mode_of_an_installed_plugin(installed: Installed
         (None, "b", ["a", "c"]),
         ("a,b", "b", ["a"]),
         (None, "", ["a", "b", "c"]),
-        (None, "no_such_plugin", ["a", "b", "c"]),
+        ("a,hopkit.rules.device", None, ["a"]),
     ],
 )
 def test_the_environment_chooses(
@@ -506,18 +611,22 @@ def test_the_environment_chooses(
     assert sorted(hopkit.ops()) == [f"t_{name}" for name in expected]
 
 
-def test_a_name_that_is_not_installed_is_told_of(installed: Installed, monkeypatch: pytest.MonkeyPatch) -> None:
-    installed.add("a", TWOS)
-    monkeypatch.setenv("HOPKIT_PLUGINS", "a,aa")
-    with pytest.warns(
-        HopkitWarning, match="plugin 'aa' is named in HOPKIT_PLUGINS, and is not installed.*Installed are a"
-    ):
-        assert loaded() == ["a"]
+@pytest.mark.parametrize("variable", ["HOPKIT_PLUGINS", "HOPKIT_BLOCK"])
+def test_a_name_that_is_not_installed_is_told_of_once(
+    installed: Installed, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    installed.add("eager", OP.format("eager") + "op(torch.sin, torch.zeros(1))\n" + TWOS)
+    monkeypatch.setenv(variable, "nope")
+    message = f"{variable} names plugin 'nope', which is not installed.*Installed are eager"
+    with pytest.warns(HopkitWarning, match=message):
+        importlib.import_module("t_plugin_eager")  # plugins are loaded, but for itself
+    hopkit.plugins()  # the rest; a second warning would be an error
 
 
 def test_a_built_in_plugin_cannot_be_blocked(installed: Installed, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOPKIT_BLOCK", "hopkit.rules.device")
-    with pytest.warns(HopkitWarning, match="'hopkit.rules.device' is one of hopkit's own, and stays"):
+    message = "HOPKIT_BLOCK names plugin 'hopkit.rules.device', which is one of hopkit's own, and stays"
+    with pytest.warns(HopkitWarning, match=message):
         hopkit.plugins()
     assert value(define()) == 0
 

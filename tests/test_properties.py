@@ -108,7 +108,19 @@ def test_what_was_not_declared_decomposes_with_one_warning(name: str, recorder: 
     compare(run, recorded)
 
 
-@pytest.mark.parametrize("recorder", ["eager", "functionalize", "compile"])
+@pytest.mark.parametrize("name", UNDECLARED)
+def test_what_was_not_declared_is_read_in_place(name: str) -> None:
+    op = hopkit.define("t_pair")(pair)
+
+    def run(x: Tensor, w: Tensor) -> object:
+        return UNDECLARED[name][0](op, x, w)
+
+    torch.compiler.reset()
+    with pytest.warns(HopkitWarning, match="op 't_pair' is not kept"):
+        compare(run, RECORDERS["compile"](run, *inputs()))
+
+
+@pytest.mark.parametrize("recorder", ["eager", "functionalize"])
 @pytest.mark.parametrize("name", UNDECLARED)
 def test_nothing_is_said_where_nothing_is_recorded(name: str, recorder: str) -> None:
     op = hopkit.define("t_pair")(pair)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -13,8 +13,10 @@ from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import hopkit
-from hopkit import HopkitWarning, Subgraph
+from hopkit import HopkitWarning, Op, Subgraph
 from hopkit.errors import SignatureError
+from hopkit.extend import Call
+from hopkit.extend.proxy import Tracer, node
 from tests.recording import define_once, define_twice, nodes, plainly, record, same, trained
 
 pytestmark = pytest.mark.usefixtures("hopkit_fresh")
@@ -184,3 +186,52 @@ def test_an_option_may_have_any_name(name: str) -> None:
     same(make_fx(step)(x)(x), 3 * x.cos())
     same(make_fx(step, tracing_mode="symbolic")(x)(x), 3 * x.cos())
     same(make_fx(torch.func.functionalize(lambda x: op(torch.sin, x, **{name: 3.0})))(X)(X), 3 * X.sin())
+
+
+def define_apply() -> Op[..., Tensor]:
+    @hopkit.define("t_apply", autograd="deferred_error")
+    def apply(graph: torch.fx.GraphModule, args: tuple[object, ...], *, times: int = 1) -> Tensor:
+        return cast("Tensor", graph(*args)) * times
+
+    return apply
+
+
+def test_a_node_without_a_layout_has_the_numbers_that_were_passed() -> None:
+    apply, graph = define_apply(), torch.fx.symbolic_trace(lambda x, scale, nothing: x * scale)
+
+    def run(x: Tensor) -> list[Tensor]:
+        return [apply(graph, args, times=2) for args in ((x, 0.5, None), (x, 0.75, None), (x, 0.5, None))]
+
+    for recorded in (record(run, X), make_fx(functionalize(run))(X)):
+        (x,) = recorded.graph.find_nodes(op="placeholder")
+        found = recorded.graph.find_nodes(op="call_function", target=apply.operator)
+        assert [node.args[1] for node in found] == [(x, 0.5, None), (x, 0.75, None), (x, 0.5, None)]
+        assert [node.kwargs for node in found] == [{"times": 2}] * 3
+        assert len({id(getattr(recorded, node.args[0].target)) for node in found}) == 2
+        same(recorded(W), run(W))
+
+
+def test_only_a_proxy_rule_of_its_own_leaves_arguments_nested() -> None:
+    apply, graph = define_apply(), torch.fx.symbolic_trace(lambda both, named: both[0] * both[1] + named["w"])
+
+    def run(x: Tensor, w: Tensor) -> Tensor:
+        return apply(graph, ((x, 0.5), {"w": w}))
+
+    def inputs(recorded: torch.fx.GraphModule) -> object:
+        (node,) = recorded.graph.find_nodes(op="call_function", target=apply.operator)
+        return node.args[1]
+
+    recorded = record(run, X, W)
+    assert inputs(recorded) == tuple(recorded.graph.find_nodes(op="placeholder"))
+    same(recorded(W, X), run(W, X))
+
+    @apply.rule("proxy")
+    def as_given(tracer: Tracer, call: Call) -> object:
+        tracer.register("given", cast("torch.fx.GraphModule", call.graphs[0]))
+        return node(tracer, call)
+
+    recorded = record(run, X, W)
+    x, w = recorded.graph.find_nodes(op="placeholder")
+    assert inputs(recorded) == ((x, 0.5), {"w": w})
+    assert recorded.given is graph
+    same(recorded(W, X), run(W, X))

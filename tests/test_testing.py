@@ -12,6 +12,8 @@ import torch
 
 import hopkit
 from hopkit import Sample, Subgraph
+from hopkit.extend import OpSpec, Rule, hookimpl
+from hopkit.kit import Kit
 from hopkit.testing import Cell, Report, check, fresh, plan
 from hopkit.testing.columns import COLUMNS
 from hopkit.testing.compare import Pair, difference
@@ -22,9 +24,9 @@ X = torch.linspace(-1.0, 1.0, 12).reshape(4, 3)
 
 
 @pytest.fixture(autouse=True)
-def host() -> Iterator[None]:
-    with fresh():
-        yield
+def host() -> Iterator[Kit]:
+    with fresh() as host:
+        yield host
 
 
 def define_twice(name: str = "demo_twice") -> hopkit.Op[..., torch.Tensor]:
@@ -210,6 +212,66 @@ def test_a_mode_in_which_the_body_alone_fails_does_not_apply() -> None:
     cell = only(branch, Sample((torch.sin, X)), "vmap")
     assert cell.verdict == "n/a"
     assert cell.note.startswith("the body alone cannot be run here")
+
+
+def define_if() -> hopkit.Op[..., torch.Tensor]:
+    """An op that decides on a value, and says what its subgraph gets and what the result is."""
+
+    @hopkit.define("demo_if", inputs=lambda b, x: ((x,),), outputs=lambda b, x: torch.empty_like(x))
+    def branch(b: Subgraph, x: torch.Tensor) -> torch.Tensor:
+        return b(x) if bool(x.sum() > 0) else x.clone()
+
+    return branch
+
+
+@pytest.mark.parametrize(("mode", "rule"), [("meta", "fake"), ("fake", "fake"), ("make_fx_fake", "proxy")])
+def test_a_body_that_fails_is_no_excuse_where_its_op_declares_the_result(mode: str, rule: str) -> None:
+    def broken(*_: object) -> object:
+        raise KeyError("paint")
+
+    branch = define_if()
+    assert only(branch, Sample((torch.sin, X)), mode).verdict == "right"
+    branch.rule(rule)(broken)
+    cell = only(branch, Sample((torch.sin, X)), mode)
+    assert (cell.verdict, cell.note) == ("error", "KeyError: 'paint'")
+
+
+def test_a_graph_that_is_wrong_on_another_size_is_wrong_where_torch_has_none_of_the_body() -> None:
+    branch = define_if()
+    branch.rule("proxy")(lambda tracer, call: [torch.ones(4, 3)])
+    assert only(branch, Sample((torch.sin, X)), "make_fx_symbolic").verdict == "wrong"
+
+
+def test_a_subgraph_that_fails_by_itself_does_not_apply_whatever_is_declared() -> None:
+    def decides(y: torch.Tensor) -> torch.Tensor:
+        return y.sin() if y.sum() > 0 else y.cos()
+
+    assert only(define_if(), Sample((decides, X)), "meta").verdict == "n/a"
+
+
+def test_a_conflict_of_plugins_is_an_error_wherever_the_columns_get(host: Kit) -> None:
+    class OnCuda:
+        @hookimpl
+        def hopkit_device_rule(self, op: OpSpec) -> Rule:
+            return {"cuda": lambda body, x, *, scale: x}
+
+    class OnFakes:
+        @hookimpl
+        def hopkit_fake_rule(self, op: OpSpec) -> Rule:
+            return lambda body, x, *, scale: x
+
+    for kind in (OnCuda, OnFakes):
+        for name in ("left", "right"):
+            host.plugins.register(kind(), f"{name} {kind.__name__}")
+    report = check(define_twice(), [Sample((torch.sin, X))], modes=["eager", "fake"])
+    verdicts = {(cell.mode, cell.sample): cell.verdict for cell in report.cells}
+    assert verdicts == {
+        ("device (cuda)", "any"): "error",
+        ("fake", "any"): "error",
+        ("eager", "0"): "right",
+        ("fake", "0"): "error",
+    }
+    assert not report.ok
 
 
 def test_a_refusal_names_the_op() -> None:

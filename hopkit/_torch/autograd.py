@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Protocol, cast
 
 import torch
@@ -23,6 +23,11 @@ def needs_gradient(values: Sequence[object]) -> bool:
     return torch.is_grad_enabled() and torch._C._any_requires_grad(*values)
 
 
+def versions(values: Sequence[object]) -> list[int]:
+    """How often each of these tensors was written to."""
+    return [value._version for value in values if isinstance(value, torch.Tensor)]
+
+
 def differentiable(value: object) -> bool:
     """Whether this is a tensor of a dtype that has gradients."""
     return isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex())
@@ -32,12 +37,24 @@ def tied(outputs: object, sources: Sequence[object]) -> object:
     """``outputs``, stand-ins that were made from nothing, with gradients that reach all of ``sources``."""
     if not needs_gradient(sources):
         return outputs
-    link = torch.stack([s.abs().sum().cpu() for s in sources if isinstance(s, torch.Tensor) and s.requires_grad]).sum()
-    return trees.map_only(torch.Tensor, lambda t: t + link.to(t.device, t.dtype) if differentiable(t) else t, outputs)
+    links = [s.abs().sum() for s in sources if isinstance(s, torch.Tensor) and s.requires_grad]
+
+    def tie(output: torch.Tensor) -> torch.Tensor:
+        return output + torch.stack([link.to(output.device, output.dtype) for link in links]).sum()
+
+    return trees.map_only(torch.Tensor, lambda t: tie(t) if differentiable(t) else t, outputs)
 
 
 class Step(Protocol):
-    """One differentiable step: what `apply` puts on the autograd tape."""
+    """One differentiable step: what `apply` puts on the autograd tape.
+
+    Attributes:
+        constant: The outputs that have no gradient, besides those of dtypes that have none.
+        repeats: Whether ``backward``, where gradients are on, can be differentiated whatever ``forward`` saved.
+    """
+
+    constant: Container[int] = ()
+    repeats: bool = False
 
     def forward(self, inputs: tuple[object, ...]) -> tuple[tuple[object, ...], tuple[object, ...]]:
         """``(outputs, saved)``; gradients are off."""
@@ -64,9 +81,10 @@ class _Tape(torch.autograd.Function):
         tensors = [v for v in saved if isinstance(v, torch.Tensor)]
         ctx.step, ctx.kept = step, len(tensors)
         ctx.numbers = {i: v for i, v in enumerate(saved) if not isinstance(v, torch.Tensor)}
-        ctx.computed = any(id(v) not in known and not isinstance(v, _NUMBERS) for v in saved)
+        ctx.computed = not step.repeats and any(id(v) not in known and not isinstance(v, _NUMBERS) for v in saved)
         ctx.save_for_backward(*tensors, *(_differentiated(inputs) if ctx.computed else ()))
-        ctx.mark_non_differentiable(*(o for o in outputs if isinstance(o, torch.Tensor) and not differentiable(o)))
+        given = {i: o for i, o in enumerate(outputs) if isinstance(o, torch.Tensor)}
+        ctx.mark_non_differentiable(*(o for i, o in given.items() if i in step.constant or not differentiable(o)))
         ctx.set_materialize_grads(False)
         return outputs
 

@@ -1,7 +1,7 @@
 """Dynamo's table of operators (torch/_dynamo/variables/higher_order_ops.py), and the frames that it must not read.
 
 The table goes by name alone: an op that takes the name of one of torch's own must not get the other's treatment. Dynamo
-may be imported before the op is defined, or after; hopkit never imports it.
+may be imported before the op is defined, or after; hopkit never imports it before torch does.
 """
 
 from __future__ import annotations
@@ -10,42 +10,61 @@ import importlib.machinery
 import sys
 from collections.abc import Sequence
 from types import FunctionType, ModuleType
+from typing import TYPE_CHECKING
 
 from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy
 
+if TYPE_CHECKING:
+    from torch._guards import Source
+    from torch._ops import HigherOrderOperator
+
 _MODULE = "torch._dynamo.variables.higher_order_ops"
 
-_hidden: dict[str, object] = {}
-"""The names that ops of hopkit have taken from torch's own, and the entries that stood there; None: not seen yet."""
+_before: dict[str, object] = {}
+"""The names of hopkit's ops, and the entries of torch's own that stood there; None: there was none, as far as seen."""
 
 
 def skip(function: FunctionType) -> None:
     """Let Dynamo run a function, and what it calls, as it stands.
 
-    Dynamo knows no operator of hopkit in a graph, so it breaks there and calls it; then it would read hopkit's frames.
+    After a graph break it would read hopkit's frames.
     """
     set_code_exec_strategy(function.__code__, _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP))
 
 
-def hide(name: str) -> None:
-    """An op has taken this name from one of torch's own: Dynamo knows no operator of the name."""
-    _hidden.setdefault(name, None)
+def register(name: str) -> None:
+    """The operator of this name is one of hopkit's."""
+    _before.setdefault(name, None)
     if _MODULE in sys.modules:
-        _hide_all(sys.modules[_MODULE])
+        _register(sys.modules[_MODULE], name)
     elif _finder not in sys.meta_path:
         sys.meta_path.insert(0, _finder)
 
 
 def restore(name: str) -> None:
-    """torch's own operator has its name back."""
-    entry = _hidden.pop(name, None)
-    if entry is not None:
-        sys.modules[_MODULE]._hop_name_to_variable_class[name] = entry
+    """It is no longer; torch's own has its name back, if there was one."""
+    if name not in _before:
+        return
+    entry = _before.pop(name)
+    if _MODULE in sys.modules:
+        table = sys.modules[_MODULE]._hop_name_to_variable_class
+        table.pop(name, None)
+        if entry is not None:
+            table[name] = entry
 
 
-def _hide_all(module: ModuleType) -> None:
-    for name in _hidden:
-        _hidden[name] = module._hop_name_to_variable_class.pop(name, _hidden[name])
+def _register(module: ModuleType, name: str) -> None:
+    entry = module._hop_name_to_variable_class.get(name)
+    if entry is not _variable:
+        _before[name] = entry
+        module._hop_name_to_variable_class[name] = _variable
+
+
+def _variable(operator: HigherOrderOperator, source: Source | None = None, **kwargs: object) -> object:
+    """Where Dynamo expects the class of its variable for an operator."""
+    from hopkit._torch import frame  # torch's compiler is loaded by now
+
+    return frame.Operator(operator, source, **kwargs)
 
 
 class _Finder:
@@ -64,7 +83,8 @@ class _Finder:
 
             def exec_module(module: ModuleType) -> None:
                 execute(module)
-                _hide_all(module)
+                for name in list(_before):
+                    _register(module, name)
 
             vars(spec.loader)["exec_module"] = exec_module
         return spec

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import cast
 
 import torch
 from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
@@ -12,10 +13,12 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch._guards import detect_fake_mode
 from torch._higher_order_ops.utils import suspend_functionalization
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.overrides import _pop_mode, _push_mode
 from torch.utils._python_dispatch import _disable_current_modes, is_traceable_wrapper_subclass
 
 from hopkit._torch import sizes, trees
+from hopkit._torch.autograd import tied
 
 FakeMode = FakeTensorMode
 
@@ -34,11 +37,12 @@ class Stage:
         self.mode = FakeTensorMode(shape_env=self._shapes, allow_non_fake_inputs=True)
 
     @contextlib.contextmanager
-    def open(self, *, gradients: bool = True) -> Iterator[None]:
+    def open(self, *, gradients: bool = True, rehearsal: bool = True) -> Iterator[None]:
         """Inside, the body may run: no tracer, transform or functionalization sees it.
 
         Args:
             gradients: Whether they are on. A subgraph may differentiate something itself, also below autograd.
+            rehearsal: Whether ops inside are rehearsed with it, and not recorded: their bodies run.
         """
         with (
             suspend_functionalization(),
@@ -51,7 +55,7 @@ class Stage:
             self._shapes.ignore_fresh_unbacked_symbols(),
             self.mode,
         ):
-            token = _rehearsing.set(True)
+            token = _rehearsing.set(rehearsal)
             try:
                 yield
             finally:
@@ -70,6 +74,25 @@ class Stage:
     def fake(self, tensor: torch.Tensor) -> torch.Tensor:
         """A stand-in of the same size, stride, dtype, device and ``requires_grad``. Call it inside `open`."""
         return stand_in(tensor, self.mode)
+
+    def unknown(self, kind: str) -> int:
+        """A number of this type that nobody knows."""
+        return sizes.unknown(self._shapes, kind)
+
+
+@contextlib.contextmanager
+def left(mode: FakeTensorMode) -> Iterator[None]:
+    """Off the stage for a while: what runs inside runs as around the rehearsal, and new symbols of ``mode`` count."""
+    token = _rehearsing.set(False)
+    shapes = mode.shape_env
+    ignored = shapes._ignore_fresh_unbacked_symbols_set(False) if shapes else False
+    try:
+        with _disable_current_modes(), _no_function_modes():
+            yield
+    finally:
+        if shapes:
+            shapes._ignore_fresh_unbacked_symbols_set(ignored)
+        _rehearsing.reset(token)
 
 
 def rehearsing() -> bool:
@@ -145,13 +168,43 @@ def in_mode(value: object, mode: FakeTensorMode) -> object:
 
 def run_in_mode(run: Callable[[], object], mode: FakeTensorMode) -> object:
     """What ``run`` gives in ``mode``. Sizes that come up inside and are not returned are no outputs of an operator."""
-    pending = mode.shape_env.pending_fresh_unbacked_symbols if mode.shape_env else []
-    before = set(pending)
+    shapes = mode.shape_env
+    before = len(shapes.pending_fresh_unbacked_symbols) if shapes else 0
     with mode, autograd_on():
         result = run()
-    returned = sizes.symbols(trees.leaves(result))
-    pending[:] = [symbol for symbol in pending if symbol in before or symbol in returned]
+    if shapes:
+        shapes.ignorable_fresh_unbacked_symbols.extend(shapes.pending_fresh_unbacked_symbols[before:])
     return result
+
+
+def bound(result: object, inputs: Sequence[object]) -> object:
+    """``result`` with a symbol of its own for every size like ``u0 + 1`` where no other is ``u0``.
+
+    torch knows a symbol by an input or an output that is this symbol and nothing else (``compute_unbacked_bindings``).
+    """
+    numbers = [n for n in sizes.numbers(trees.leaves(result)) if sizes.unbacked(n)]
+    if not numbers or get_proxy_mode() is not None:  # then there are values, or every operator is its own
+        return result
+    hidden = sizes.symbols(numbers) - sizes.symbols([*inputs, *(n for n in numbers if str(n).isidentifier())])
+    known = {str(n): n for n in numbers if not sizes.symbols([n]) & hidden}
+
+    def number(n: object) -> object:
+        if not sizes.unbacked(n):
+            return n
+        if str(n) not in known:
+            known[str(n)] = sizes.another(n)
+        return known[str(n)]
+
+    def leaf(value: object) -> object:
+        if not isinstance(value, torch.Tensor):
+            return number(value)
+        # Where only the first size is unknown, as it mostly is, no stride is.
+        if not sizes.symbols([value]) & hidden or sizes.symbols(value.stride()) & hidden:
+            return value
+        shape = cast("tuple[int, ...]", tuple(map(number, value.shape)))
+        return tied(torch.empty_strided(shape, value.stride(), dtype=value.dtype, device=value.device), [value])
+
+    return trees.map_leaves(leaf, result) if hidden else result
 
 
 @contextlib.contextmanager

@@ -6,10 +6,12 @@ import contextlib
 from collections.abc import Callable
 from typing import Protocol
 
+import torch
 from torch._C import DispatchKey
 from torch._C._functorch import TransformType
 from torch._subclasses.functional_tensor import (
     CppFunctionalizeAPI,
+    FunctionalTensor,
     FunctionalTensorMode,
     FunctorchFunctionalizeAPI,
     PythonFunctionalizeAPI,
@@ -43,3 +45,11 @@ def kernels(rule: Callable[..., object]) -> dict[Key, Kernel]:
             FunctorchFunctionalizeAPI(layer), *args, **kwargs
         ),
     }
+
+
+def frozen(value: object) -> object:
+    """A tensor of AOTAutograd's as it is now: what is written to it later is not seen."""
+    if not isinstance(value, FunctionalTensor):
+        return value
+    torch._sync(value)
+    return FunctionalTensor.to_functional(torch._from_functional_tensor(value.elem))

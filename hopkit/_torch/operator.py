@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from types import FunctionType
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch._C import DispatchKey
@@ -14,6 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hopkit._torch import dynamo, state, trees
 
+if TYPE_CHECKING:
+    from hopkit._torch.frame import Frame
+
+DispatchMode = TorchDispatchMode
 Kernel = Callable[..., object]
 Key = DispatchKey | TransformType | type[TorchDispatchMode] | type[torch.Tensor]
 
@@ -21,9 +25,18 @@ Key = DispatchKey | TransformType | type[TorchDispatchMode] | type[torch.Tensor]
 class Operator(HigherOrderOperator):
     """One op, as torch sees it. What answers under which key is a table that hopkit writes."""
 
-    def __init__(self, name: str, enter: Callable[..., object], run: Kernel, schema: Callable[..., object]) -> None:
+    def __init__(
+        self,
+        name: str,
+        enter: Callable[..., object],
+        run: Kernel,
+        schema: Callable[..., object],
+        read: Callable[[Frame], object],
+        digest: Callable[[], tuple[str, bool]],
+    ) -> None:
         super().__init__(name)  # type: ignore[no-untyped-call] # torch's own
-        self._enter, self._run, self._schema_of = enter, run, schema
+        self._enter, self._run, self._schema_of, self.read = enter, run, schema, read
+        self._digest_of = digest
         # A view that only conjugates or negates is seen by the body's own operators.
         for key in (DispatchKey.Conjugate, DispatchKey.Negative, DispatchKey.ZeroTensor):
             self.fallthrough(key)  # type: ignore[no-untyped-call] # torch's own
@@ -53,6 +66,16 @@ class Operator(HigherOrderOperator):
             return type(mode) in self.python_key_table or state.takes_ops(mode)
         kinds = {type(leaf) for leaf in trees.leaves(args) if isinstance(leaf, torch.Tensor)}
         return any(kind in self.python_key_table or kind is torch._subclasses.FakeTensor for kind in kinds)
+
+    def _get_overloaded_args(self, args: tuple[object, ...], kwargs: dict[str, object]) -> tuple[torch.Tensor, ...]:
+        """As torch's, at any depth: it looks into one tuple, and a graph without a layout may have nested arguments."""
+        tensors = (leaf for leaf in trees.leaves((args, kwargs)) if isinstance(leaf, torch.Tensor))
+        return tuple(tensor for tensor in tensors if torch._C._dispatch_keys(tensor).has("Python"))
+
+    def digest(self) -> str:
+        """What the op is today, or "" where nobody can tell. It settles whether torch may cache what it compiles."""
+        text, self._cacheable = self._digest_of()
+        return text
 
     def gen_schema(self, /, *args: object, **kwargs: object) -> object:
         """The schema of this call (torch/_higher_order_ops/schema.py)."""
@@ -98,9 +121,7 @@ class Place:
         listed = torch.ops.higher_order._dir
         if vars(torch.ops.higher_order).pop(self._name, None) is not None:
             listed[:] = [name for name in listed if name != self._name]
-        if isinstance(self._before, Operator) or self._before is None:
-            return
-        if operator is None:
-            dynamo.restore(self._name)
+        if isinstance(entry, Operator):
+            dynamo.register(self._name)
         else:
-            dynamo.hide(self._name)
+            dynamo.restore(self._name)

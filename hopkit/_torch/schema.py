@@ -13,6 +13,7 @@ def generate(
     operator: torch._ops.HigherOrderOperator,
     graphs: Sequence[Callable[..., object]],
     inputs: Sequence[object],
+    nested: object,
     keywords: Mapping[str, object],
     outputs: Sequence[object],
     mutated: Sequence[int],
@@ -28,5 +29,5 @@ def generate(
         generator.add_arg(name, value, default_value=value, kw_only=True)
     for value in outputs:
         generator.add_output(value)
-    generator.add_schema_tree_spec(*graphs, tuple(inputs), **keywords)
+    generator.add_schema_tree_spec(*graphs, nested, **keywords)
     return generator.gen_schema()

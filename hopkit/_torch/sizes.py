@@ -7,8 +7,10 @@ fifth to ``import torch``, and by the time there is a symbol torch has loaded it
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+import enum
+import re
+from collections.abc import Callable, Iterable, Set
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
@@ -17,6 +19,14 @@ if TYPE_CHECKING:
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
+
+Describe = Callable[[int], int | str]
+
+
+def number(value: object) -> str:
+    """The type of a number, symbolic or not, or ""."""
+    kinds = {"bool": (bool, torch.SymBool), "int": (int, torch.SymInt), "float": (float, torch.SymFloat)}
+    return next((name for name, kind in kinds.items() if isinstance(value, kind)), "")
 
 
 def describe(size: int) -> int | str:
@@ -27,24 +37,68 @@ def describe(size: int) -> int | str:
     return int(expression) if expression.isdigit() else expression
 
 
-def equal(expected: int, size: int, *, surely: bool) -> bool:
-    """Whether two sizes are equal. What nobody knows yet (unbacked) counts as equal, unless this must be sure."""
-    same = expected == size
-    if not isinstance(same, SYMBOLIC):
-        return same
-    from torch.fx.experimental.symbolic_shapes import guard_or_false, guard_or_true
+def now(size: int) -> int | str:
+    """As `describe`, with what symbols stand for where that is known."""
+    known = size.node.hint if isinstance(size, SYMBOLIC) else size
+    return describe(size) if known is None else cast("int", known)
 
-    return guard_or_false(same) if surely else guard_or_true(same)
+
+class Equal(enum.Enum):
+    """How sure it must be that two sizes are equal; the most sure comes first."""
+
+    ALWAYS = "for all inputs"
+    NOW = "for these inputs: a graph recorded from them has a guard that says so"
+    PERHAPS = "for all that anybody knows before the op has run"
+
+    def holds(self, expected: int | None, size: int) -> bool:
+        """Whether it is so for these two. Nothing (None) is expected of a size that only running the op tells."""
+        if expected is None:
+            return self is Equal.PERHAPS or unbacked(size)
+        same = expected == size
+        if not isinstance(same, SYMBOLIC):
+            return same
+        from torch.fx.experimental.symbolic_shapes import guard_or_false, guard_or_true, statically_known_true
+
+        test = {Equal.ALWAYS: statically_known_true, Equal.NOW: guard_or_false, Equal.PERHAPS: guard_or_true}[self]
+        return test(same)
+
+
+def numbers(values: Iterable[object]) -> list[object]:
+    """The symbolic numbers among ``values`` and among the sizes of tensors."""
+    every = (n for v in values for n in (v.shape if isinstance(v, torch.Tensor) else (v,)))
+    return [n for n in every if isinstance(n, SYMBOLIC)]
 
 
 def symbols(values: Iterable[object]) -> set[object]:
     """The symbols in the sizes of tensors, and in symbolic numbers."""
-    numbers = [n for v in values for n in (v.shape if isinstance(v, torch.Tensor) else (v,)) if isinstance(n, SYMBOLIC)]
-    if not numbers:
+    found = numbers(values)
+    if not found:
         return set()
     from torch.fx.experimental.symbolic_shapes import free_symbols
 
-    return {symbol for number in numbers for symbol in free_symbols(number)}
+    return {symbol for number in found for symbol in free_symbols(number)}
+
+
+class Names:
+    """Sizes in words that are equal for equal calls: symbols that came up on the way are named by their order.
+
+    Args:
+        made: Those symbols; more may be added later.
+    """
+
+    def __init__(self, made: Set[object]) -> None:
+        self._made = made
+        self._names: dict[str, str] = {}
+
+    def __call__(self, size: int) -> int | str:
+        """As `describe`, with a name of its own for every symbol that was made."""
+        made = {str(symbol) for symbol in symbols([size]) & self._made}
+
+        def name(match: re.Match[str]) -> str:
+            symbol = match[0]
+            return self._names.setdefault(symbol, f"n{len(self._names)}") if symbol in made else symbol
+
+        return re.sub(r"[A-Za-z_]\w*", name, str(size)) if made else describe(size)
 
 
 def unbacked(value: object) -> bool:
@@ -61,6 +115,17 @@ def new_environment() -> ShapeEnv:
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
     return ShapeEnv()
+
+
+def unknown(environment: ShapeEnv, kind: str) -> int:
+    """A number of this type that nobody knows."""
+    makers = {"float": environment.create_unbacked_symfloat, "bool": environment.create_unbacked_symbool}
+    return cast("int", makers.get(kind, environment.create_unbacked_symint)())
+
+
+def another(value: object) -> int:
+    """A number of the same type that nobody knows, for a symbolic one."""
+    return unknown(cast("torch.SymInt", value).node.shape_env, number(value))
 
 
 def data_dependent(error: Exception) -> bool:

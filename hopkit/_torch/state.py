@@ -20,7 +20,8 @@ from torch.utils._python_dispatch import (
     _get_current_dispatch_mode_stack,
     is_traceable_wrapper_subclass,
 )
-from torch.utils.flop_counter import _FlopCounterMode
+
+from hopkit._torch import trees
 
 _stack_len = torch._C._len_torch_dispatch_stack
 _included = torch._C._dispatch_tls_is_dispatch_key_included
@@ -53,8 +54,12 @@ def recording() -> bool:
 
 
 def takes_ops(mode: TorchDispatchMode) -> bool:
-    """Whether a mode takes any operator whole. The one that counts flops says so too, and knows only torch's own."""
-    return bool(mode.supports_higher_order_operators) and not isinstance(mode, _FlopCounterMode)
+    """Whether a mode takes any operator whole. The one that counts flops says so too, and knows only torch's own.
+
+    It is known by its module's name: to import that loads Triton, which takes longer than all of hopkit.
+    """
+    modules = (kind.__module__ for kind in type(mode).__mro__)
+    return bool(mode.supports_higher_order_operators) and "torch.utils.flop_counter" not in modules
 
 
 def dispatch_modes() -> Iterator[TorchDispatchMode]:
@@ -76,13 +81,19 @@ def transforming() -> bool:
 
 def shapes_only(values: Iterable[object]) -> bool:
     """Whether tensors have shapes here, and no values to decide on."""
-    modes = _get_current_dispatch_mode_stack()
-    return any(isinstance(m, FakeTensorMode) for m in modes) or any(isinstance(v, FakeTensor) for v in values)
+    if any(isinstance(mode, FakeTensorMode) for mode in _get_current_dispatch_mode_stack()):
+        return True
+    return any(isinstance(v, torch.Tensor) and (v.is_meta or isinstance(v, FakeTensor)) for v in values)
 
 
 def functionalizing() -> bool:
     """Whether AOTAutograd is at work, which wraps all of its inputs."""
     return any(isinstance(mode, FunctionalTensorMode) for mode in _get_current_dispatch_mode_stack())
+
+
+def recording_ahead() -> bool:
+    """Whether AOTAutograd records a graph. Where gradients are on, it is a graph that trains."""
+    return functionalizing() and get_proxy_mode() is not None
 
 
 def tracked() -> Container[torch.Tensor]:
@@ -129,4 +140,4 @@ _KNOWN = (torch.Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor)
 
 def symbolic(inputs: object) -> bool:
     """Whether torch.fx traces symbolically, as it does to unpickle a graph: it takes an operator as it stands."""
-    return isinstance(inputs, (tuple, list)) and any(isinstance(value, torch.fx.Proxy) for value in inputs)
+    return any(isinstance(value, torch.fx.Proxy) for value in trees.quick_leaves(inputs))

@@ -5,18 +5,30 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from typing import cast
+from typing import TypeVar, cast
 
 import torch
 from torch._guards import detect_fake_mode
 from torch._higher_order_ops.utils import reenter_make_fx
+from torch._prims.rng_prims import run_and_save_rng_state
 from torch.fx import GraphModule
-from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode, PythonKeyTracer, track_tensor_tree
+from torch.fx.experimental.proxy_tensor import (
+    ProxyTorchDispatchMode,
+    PythonKeyTracer,
+    get_proxy_mode,
+    track_tensor_tree,
+)
+from torch.utils.checkpoint import CheckpointPolicy
 
 from hopkit._torch import fakes, trees
 
+T = TypeVar("T")
+
 _traced: weakref.WeakKeyDictionary[PythonKeyTracer, dict[object, str]] = weakref.WeakKeyDictionary()
 
+_known: weakref.WeakKeyDictionary[PythonKeyTracer, dict[object, object]] = weakref.WeakKeyDictionary()
+
+Decompositions = Mapping[torch._ops.OpOverload, Callable[..., object]]
 
 ProxyMode = ProxyTorchDispatchMode
 
@@ -35,13 +47,12 @@ class Tracer:
         """``function`` as a graph, registered under ``name`` (or ``name_1`` ...); equal keys share one graph."""
         known = _traced.setdefault(self._tracer, {})
         if key not in known:
-            mode = self._fake_mode or fakes.Stage([]).mode
-            inputs = [
-                fakes.stand_in(e, mode).requires_grad_(False) if isinstance(e, torch.Tensor) else e for e in examples
-            ]
+            # The symbols of sizes that nobody knows belong to the mode of the examples.
+            mode = self._fake_mode or fakes.Stage(trees.leaves(examples)).mode
+            inputs = trees.map_only(torch.Tensor, lambda e: fakes.stand_in(e, mode), tuple(examples))
             inside = contextlib.nullcontext() if self._fake_mode else mode
             with inside, fakes.autograd_on(), fakes.unhooked(), torch.set_grad_enabled(gradients):
-                known[key] = self.register(name, reenter_make_fx(function)(*inputs))
+                known[key] = self.register(name, reenter_make_fx(function)(*cast("tuple[object, ...]", inputs)))
         return cast("GraphModule", getattr(self._tracer.root, known[key]))
 
     def register(self, name: str, graph: torch.nn.Module) -> str:
@@ -67,4 +78,33 @@ class Tracer:
         """Write the node ``target(*args, **kwargs)``, and let ``outputs`` be what it gives."""
         proxies = trees.map_leaves(cast("Callable[[object], object]", self._tracer.unwrap_proxy), args)
         node = self._tracer.create_proxy("call_function", target, proxies, dict(kwargs))
+        if any(map(_draws, args)):
+            node.node.meta["recompute"] = CheckpointPolicy.MUST_SAVE  # again, other numbers would be drawn
         return track_tensor_tree(outputs, node, constant=None, tracer=self._tracer)
+
+
+def _draws(graph: object) -> bool:
+    """Whether this is a graph in which random numbers are drawn."""
+    modules = [m for m in graph.modules() if isinstance(m, GraphModule)] if isinstance(graph, GraphModule) else []
+    targets = {node.target for module in modules for node in module.graph.nodes if node.op == "call_function"}
+    tags = (target.tags for target in targets if isinstance(target, torch._ops.OpOverload))
+    return run_and_save_rng_state in targets or any(torch.Tag.nondeterministic_seeded in known for known in tags)
+
+
+def remembered(key: object, make: Callable[[], T]) -> T:
+    """What ``make`` gave for this key while the same graph was being recorded."""
+    known = _known.setdefault(cast("PythonKeyTracer", _active().tracer), {})
+    if key not in known:
+        known[key] = make()
+    return cast("T", known[key])
+
+
+def decompositions() -> Decompositions:
+    """The decompositions that apply to the graph that is being recorded."""
+    return _active().decomposition_table
+
+
+def _active() -> ProxyTorchDispatchMode:
+    mode = get_proxy_mode()
+    assert mode is not None, "nothing is being recorded"
+    return mode

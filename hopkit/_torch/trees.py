@@ -15,8 +15,11 @@ Tree = pytree.TreeSpec
 
 
 def flatten(value: object) -> tuple[list[object], Tree]:
-    """The leaves of a pytree, in order, and its structure."""
-    return pytree.tree_flatten(value)
+    """The leaves of a pytree, in order, and its structure, in which a ``torch.Size`` is a tuple."""
+    leaves, tree = pytree.tree_flatten(value)
+    if any(isinstance(leaf, (int, torch.SymInt)) for leaf in leaves):  # torch makes a tuple of it on the way back
+        return pytree.tree_flatten(pytree.tree_unflatten(leaves, tree))
+    return leaves, tree
 
 
 def leaves(value: object) -> list[object]:
@@ -42,6 +45,15 @@ def is_node(kind: type) -> bool:
 def is_flat(value: object) -> bool:
     """Whether ``value`` is a plain tuple of leaves."""
     return type(value) is tuple and not any(is_node(type(v)) for v in value)
+
+
+def is_plain(value: object) -> bool:
+    """Whether a graph's node can hold ``value``: tuples, lists and dicts, of those or of leaves."""
+    if not is_node(type(value)):
+        return True
+    if isinstance(value, dict):
+        return all(map(is_plain, value.values()))
+    return isinstance(value, (tuple, list)) and all(map(is_plain, value))
 
 
 def map_leaves(fn: Callable[[object], object], value: T) -> T:

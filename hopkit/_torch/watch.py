@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch._C._functorch import is_functorch_wrapped_tensor
@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hopkit._torch import trees
 from hopkit._torch.fakes import is_stand_in, same_storage
-from hopkit._torch.sizes import SYMBOLIC, symbols
+from hopkit._torch.sizes import SYMBOLIC, Describe, describe, symbols
 
 T = TypeVar("T")
 
@@ -34,9 +34,9 @@ class Same:
 class Substitute(TorchFunctionMode):
     """Puts one tensor in the place of another wherever Python code inside uses it: closure conversion, live."""
 
-    def __init__(self, replace: Callable[[object], object]) -> None:
+    def __init__(self, replace: Callable[[object], object], describe: Describe = describe) -> None:
         super().__init__()
-        self.replace = replace
+        self.replace, self._describe = replace, describe
         self.steps: list[tuple[object, ...]] = []
         self.opaque = ""
 
@@ -49,7 +49,8 @@ class Substitute(TorchFunctionMode):
     ) -> object:
         # `Watch` sees operators, and attributes are read by torch too, whenever it likes.
         if not isinstance(func, torch._ops.OpOverload) and getattr(func, "__name__", "") != "__get__":
-            self.steps.append((func, *map(_constant, trees.leaves((args, dict(kwargs or {}))))))
+            constants = (_constant(leaf, self._describe) for leaf in trees.leaves((args, dict(kwargs or {}))))
+            self.steps.append((func, *constants))
         args, named = self.replaced((args, dict(kwargs or {})))
         # torch.func asks its own wrappers; the answer is the same whatever is traced.
         wrapped = isinstance(args[0], torch.Tensor) and is_functorch_wrapped_tensor(args[0]) if args else False
@@ -91,27 +92,55 @@ _OPAQUE: dict[object, str] = {
     **dict.fromkeys(_ASKED, "it asks whether a tensor requires a gradient"),
 }
 
+
+class Lossy(TorchFunctionMode):
+    """Notices what the graph of a function does not say: that a part of it has no gradient."""
+
+    reason = ""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., object],
+        types: Sequence[type],
+        args: tuple[object, ...] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
+        result = func(*args, **(kwargs or {}))
+        if any(isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in trees.leaves((args, kwargs))):
+            if not torch.is_grad_enabled() and any(isinstance(leaf, torch.Tensor) for leaf in trees.leaves(result)):
+                self.reason = "a part of it runs without gradients"
+            elif func not in _ASKED:
+                self.reason = _OPAQUE.get(func, "") or self.reason
+        return result
+
+
 _REPLACED = (torch.Tensor, torch.SymInt, torch.SymFloat)
-_PLAIN = (int, float, bool, complex, str, slice, torch.dtype, torch.device, torch.layout, torch.memory_format)
+_PLAIN = (int, float, bool, complex, str, torch.dtype, torch.device, torch.layout, torch.memory_format)
 
 
-def _constant(leaf: object) -> object:
+def _constant(leaf: object, describe: Describe) -> object:
     """What can be compared of an argument that is no tensor."""
     if isinstance(leaf, torch.Tensor):
         return None
-    return f"{type(leaf)} {leaf}" if leaf is None or isinstance(leaf, (*_PLAIN, *SYMBOLIC)) else Same(leaf)
+    if isinstance(leaf, slice):
+        return tuple(_constant(part, describe) for part in (leaf.start, leaf.stop, leaf.step))
+    if isinstance(leaf, SYMBOLIC):
+        return f"{type(leaf)} {describe(cast('int', leaf))}"
+    return f"{type(leaf)} {leaf}" if leaf is None or isinstance(leaf, _PLAIN) else Same(leaf)
 
 
 def wiring(
     steps: Iterable[tuple[object, Sequence[object], Sequence[object]]],
     inputs: Sequence[object],
     outputs: Sequence[object],
+    describe: Describe,
 ) -> list[object]:
     """Which operator takes what from which, and what comes out: equal for what would be traced to the same graph."""
     numbers = {id(value): number for number, value in reversed(list(enumerate(inputs)))}
 
     def told(leaf: object) -> object:
-        return numbers.setdefault(id(leaf), len(numbers)) if isinstance(leaf, torch.Tensor) else _constant(leaf)
+        known = isinstance(leaf, torch.Tensor)
+        return numbers.setdefault(id(leaf), len(numbers)) if known else _constant(leaf, describe)
 
     flow = [(func, *map(told, args), "->", *map(told, results)) for func, args, results in steps]
     return [*flow, tuple(map(told, outputs))]
@@ -129,7 +158,7 @@ class Watch(TorchDispatchMode):
         self.opaque = ""
         self.written: list[torch.Tensor] = []
         self.hidden = False
-        self.made: set[object] = set()
+        self.made: set[object] = set()  # symbols of sizes and numbers that only running tells
         self.steps: list[tuple[object, Sequence[object], Sequence[object]]] = []
 
     def __torch_dispatch__(
@@ -153,7 +182,7 @@ class Watch(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         # What gives no tensor asks for a device or a size, and torch asks only where it has not asked before.
         results = trees.leaves(result)
-        self.made |= symbols(results)
+        self.made |= symbols(results) - symbols(leaves)
         if any(isinstance(leaf, torch.Tensor) for leaf in results):
             self.steps.append((func, leaves, results))
         return result

@@ -16,13 +16,18 @@ from hopkit._torch.autograd import (
     differentiable,
     needs_gradient,
     raise_in_backward,
+    versions,
 )
-from hopkit._torch.state import forward_mode
+from hopkit._torch.partition import OutsideError
+from hopkit._torch.state import forward_mode, recording_ahead
 from hopkit.call import Call
 from hopkit.errors import no_gradient
+from hopkit.region import Halves
 
 __all__ = [
     "AutogradRule",
+    "Halves",
+    "OutsideError",
     "Step",
     "Vjp",
     "apply",
@@ -32,6 +37,8 @@ __all__ = [
     "needs_gradient",
     "no_gradient",
     "raise_in_backward",
+    "recording_ahead",
+    "versions",
 ]
 
 P = ParamSpec("P")

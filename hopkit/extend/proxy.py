@@ -9,7 +9,7 @@ from torch.fx import GraphModule
 
 from hopkit._torch.tracing import Tracer
 from hopkit.call import Call, GraphLike, key_of, with_gradients
-from hopkit.layout import Meta
+from hopkit.layout import Meta, Slots
 
 __all__ = ["ProxyRule", "Tracer", "node", "trace"]
 
@@ -22,10 +22,12 @@ class ProxyRule(Protocol):
 
 def trace(tracer: Tracer, name: str, graph: GraphLike, examples: Sequence[object]) -> GraphModule:
     """``graph`` as a submodule of the graph being recorded; what was traced before in the same way is shared."""
-    key = (key_of(graph), *map(Meta.of, examples))
+    slots = Slots(unique=False)
+    asking = [getattr(value, "requires_grad", False) for value in slots.inputs]  # torch's own code asks, as for LSTM
+    key = (key_of(graph), repr(slots.split(tuple(examples))), *map(Meta.of, slots.inputs), *asking)
     return tracer.trace(name, graph, examples, key, gradients=with_gradients(graph))
 
 
 def node(tracer: Tracer, call: Call) -> object:
     """Write ``call``, whose graphs are submodules of the graph, as one node; gives its outputs."""
-    return tracer.emit(call.target, (*call.graphs, call.inputs), call.keywords, call())
+    return tracer.emit(call.target, (*call.graphs, call.nested), call.keywords, call())

@@ -1,8 +1,11 @@
-"""autograd: the op forward, and the op under vjp backward.
+"""autograd: the op forward, and the op under vjp backward; where AOTAutograd records, the two halves of its derivative.
 
 In plain eager no rule is asked: ordinary autograd sees the body. Where the op is recorded, or has a kernel of its own,
 the tape holds one step: forward is the op below autograd, backward is the op whose body is vjp(body), which is itself
-differentiated the same way.
+differentiated the same way. It computes the forward again, for a recorded op gives its outputs and nothing else.
+
+AOTAutograd records forward and backward together, and there the step is divided otherwise: hopkit traces what the op
+computes and its derivative as one graph, lets torch's partitioner cut it, and records a node of the op for each half.
 """
 
 from __future__ import annotations
@@ -13,6 +16,9 @@ import torch
 
 from hopkit.extend import AutogradError, Call, OpSpec, Rule, hookimpl
 from hopkit.extend.autograd import (
+    Halves,
+    OutsideError,
+    Step,
     apply,
     below_autograd,
     differentiable,
@@ -20,6 +26,8 @@ from hopkit.extend.autograd import (
     needs_gradient,
     no_gradient,
     raise_in_backward,
+    recording_ahead,
+    versions,
 )
 
 
@@ -35,6 +43,11 @@ def derive(call: Call) -> object:
         return call.run()
     if not needs_gradient(call.inputs):
         return below(call)
+    if recording_ahead() and divisible(call):
+        try:
+            return apply(Divided(call), call.inputs)
+        except OutsideError:
+            return call.run()  # autograd sees the body instead
     hidden = "" if call.layout is None else unseen(call)
     if hidden and (call.op.outputs is not None or call.op.effectful):
         raise AutogradError(
@@ -48,6 +61,11 @@ def derive(call: Call) -> object:
     return apply(Derived(call), call.inputs)
 
 
+def divisible(call: Call) -> bool:
+    """Whether the op may become two halves: it can be traced, and nobody's kernel has to see the op itself."""
+    return call.layout is not None and call.op.outputs is None and not (call.op.effectful or call.whole)
+
+
 def unseen(call: Call) -> str:
     """Why running the body again in backward would give something else, or ""."""
     if call.op.effectful:
@@ -57,8 +75,10 @@ def unseen(call: Call) -> str:
     return call.rehearsal.opaque
 
 
-class Derived:
+class Derived(Step):
     """The op as one step of the tape."""
+
+    repeats = True
 
     def __init__(self, call: Call) -> None:
         self._call = call
@@ -85,6 +105,42 @@ class Derived:
         for i, gradient in zip(wrt, found, strict=True):
             results[i] = gradient
         return results
+
+
+class Divided(Derived):
+    """The op as one step of the tape, in two halves: backward has what forward computed."""
+
+    def __init__(self, call: Call) -> None:
+        super().__init__(call)
+        self._halves = Halves(call)
+        self.constant = self._halves.constant
+        self._versions = versions(call.inputs)
+
+    def forward(self, inputs: tuple[object, ...]) -> tuple[tuple[object, ...], tuple[object, ...]]:
+        """The forward half."""
+        return self._halves.forward(inputs)
+
+    def backward(
+        self, saved: tuple[object, ...], gradients: tuple[torch.Tensor | None, ...]
+    ) -> Sequence[torch.Tensor | None]:
+        """The backward half. What it is made of has no history: a second derivative starts from the inputs again."""
+        found = None if torch.is_grad_enabled() else self._halves.backward(saved, gradients)
+        if found is None:
+            return super().backward(self._unchanged_inputs(), gradients)
+        gradient = iter(found)
+        return [next(gradient) if needs(value) else None for value in self._call.inputs]
+
+    def _unchanged_inputs(self) -> tuple[object, ...]:
+        inputs = self._call.inputs
+        changed = "an input was written to since" if versions(inputs) != self._versions else unseen(self._call)
+        if changed:
+            raise AutogradError(
+                f"op '{self._call.op.name}'",
+                f"cannot be recorded with a second derivative: {changed}",
+                why="the body would have to run again, and would give something else",
+                todo="Record the body in its place, `hopkit.decompose(op)`",
+            )
+        return inputs
 
 
 def needs(value: object) -> bool:

@@ -21,6 +21,8 @@ def hopkit_functionalize_rule(op: OpSpec) -> Rule:
 def functionalize(layer: Functionalizer, call: Call) -> object:
     """Call the op below functionalization, on plain tensors and pure subgraphs."""
     inputs = layer.unwrap_tensors(call.inputs)
+    # The graph of a region is pure, and may hold what torch runs below functionalization alone.
+    graphs = call.graphs if call.part else [pure(layer, graph) for graph in call.graphs]
     with layer.redispatch_to_next():
-        outputs = call.replace(graphs=[pure(layer, graph) for graph in call.graphs], inputs=inputs)()
+        outputs = call.replace(graphs=graphs, inputs=inputs)()
         return layer.wrap_tensors(cast("tuple[object, ...]", outputs))

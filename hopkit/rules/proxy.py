@@ -16,6 +16,6 @@ def record(tracer: Tracer, call: Call) -> object:
     """Trace every subgraph on what the op calls it with, then write one node."""
     graphs = [
         trace(tracer, name, graph, examples)
-        for name, graph, examples in zip(call.graph_names(), call.graphs, call.rehearsal.examples, strict=True)
+        for name, graph, examples in zip(call.graph_names(), call.graphs, call.examples, strict=True)
     ]
     return node(tracer, call.replace(graphs=graphs))

@@ -1,6 +1,7 @@
 """For authors of ops and plugins: hold an op against its body, and a host of its own for every test."""
 
 from hopkit.kit import fresh
-from hopkit.testing.check import HEADER, Cell, Report, Trial, Verdict, check, plan
+from hopkit.testing.check import Trial, check, plan
+from hopkit.testing.report import HEADER, Cell, Report, Verdict
 
 __all__ = ["HEADER", "Cell", "Report", "Trial", "Verdict", "check", "fresh", "plan"]

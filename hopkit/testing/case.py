@@ -13,9 +13,11 @@ from typing import cast
 
 import torch
 
+from hopkit import binding
 from hopkit._torch import trees
 from hopkit.op import AnyOp
-from hopkit.spec import Sample
+from hopkit.record import subgraphs
+from hopkit.spec import Kind, Sample
 from hopkit.testing.compare import Pair
 from hopkit.testing.tensors import Tensors, differentiable, grown, negated, smaller
 
@@ -82,6 +84,24 @@ class Case:
     def derives(self) -> bool:
         """Whether the op has derivatives."""
         return self.op.spec.autograd == "derive"
+
+    @functools.cached_property
+    def declared(self) -> Callee:
+        """The body; or else what is declared of it, where ``inputs=`` or ``outputs=`` answers in its place."""
+        spec = self.op.spec
+        values = binding.bind(spec, *self.arguments(self.tensors))
+        kinds = spec.of_kind(Kind.SUBGRAPH, Kind.SUBGRAPHS)
+        called = [function for p in kinds for _, function in subgraphs(p.name, values[p.name])]
+        inputs, result = spec.inputs, self.body if spec.outputs is None else spec.outputs
+
+        def run(*args: object, **kwargs: object) -> object:
+            if inputs is not None:
+                examples = cast("Sequence[Sequence[object]]", inputs(*args, **kwargs))
+                for function, example in zip(called, examples, strict=True):
+                    function(*example)
+            return result(*args, **kwargs)
+
+        return run
 
     def arguments(self, tensors: Tensors) -> tuple[tuple[object, ...], dict[str, object]]:
         """The sample's ``(args, kwargs)``, with these tensors in it."""

@@ -4,98 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from typing import Literal, cast
+from typing import cast
 
 import torch
 
 from hopkit._torch import trees
-from hopkit.errors import HopkitError, HopkitWarning, SpecError
+from hopkit.errors import HopkitError, HopkitWarning, RuleConflictError, SpecError
+from hopkit.explain import explain
 from hopkit.op import AnyOp
 from hopkit.spec import Sample
-from hopkit.table import table
 from hopkit.testing.case import Callee, Case, Column, NotApplicable, Outcome
 from hopkit.testing.columns import COLUMNS
 from hopkit.testing.compare import difference
+from hopkit.testing.report import Cell, Report, Verdict
 
-Verdict = Literal["right", "wrong", "refused", "error", "n/a"]
 Progress = Callable[[int, int, str], None]
 """Told before every cell: how many are done, how many there are, and what comes."""
 
-
-@dataclasses.dataclass(frozen=True)
-class Cell:
-    """One op, on one sample, in one mode.
-
-    Args:
-        op: torch's name of the op.
-        sample: The sample's name, or its number.
-        mode: The column.
-        verdict: "right": compared, and the same. "wrong": compared, and different. "refused": hopkit says why it does
-            not. "error": something else was raised. "n/a": the body alone cannot be run there either.
-        error: The largest error; None where nothing was compared.
-        seconds: How long it took.
-        note: What is wrong, why there is no answer, or a remark.
-    """
-
-    op: str
-    sample: str
-    mode: str
-    verdict: Verdict
-    error: float | None
-    seconds: float
-    note: str = ""
-
-    @property
-    def ok(self) -> bool:
-        """Whether nothing is wrong here."""
-        return self.verdict not in ("wrong", "error")
-
-    def __str__(self) -> str:
-        return f"op '{self.op}', sample {self.sample}, mode {self.mode}: {self.verdict}. {self.note}".rstrip(". ")
-
-
-@dataclasses.dataclass(frozen=True)
-class Report:
-    """What a check found; prints as a table."""
-
-    cells: tuple[Cell, ...]
-
-    @property
-    def ok(self) -> bool:
-        """Whether no cell is wrong or raised an error, and at least one was compared."""
-        return all(cell.ok for cell in self.cells) and any(cell.verdict == "right" for cell in self.cells)
-
-    def rows(self) -> list[tuple[str, ...]]:
-        """The table's cells as text, below `HEADER`."""
-        return [
-            (c.mode, c.sample, c.verdict, "" if c.error is None else f"{c.error:.1e}", f"{c.seconds:.2f} s", c.note)
-            for c in self.cells
-        ]
-
-    def summary(self) -> str:
-        """How many cells have which verdict, in one line."""
-        counts: dict[str, int] = {}
-        for cell in self.cells:
-            counts[cell.verdict] = counts.get(cell.verdict, 0) + 1
-        return ", ".join(f"{count} {verdict}" for verdict, count in counts.items()) or "nothing was checked"
-
-    def __str__(self) -> str:
-        return f"{table(HEADER, self.rows())}\n\n{self.summary()}"
-
-    def as_json(self) -> dict[str, object]:
-        """The report as plain data; an error that is no finite number is None."""
-        cells = [dataclasses.asdict(cell) for cell in self.cells]
-        for cell in cells:
-            if cell["error"] is not None and not math.isfinite(cell["error"]):
-                cell["error"] = None
-        return {"ok": self.ok, "cells": cells}
-
-
-HEADER = ("mode", "sample", "verdict", "error", "time", "note")
+BODY_RUNS = ("autograd", "func")
+"""Groups of columns in which the body runs as it stands, whatever is declared: torch decides what it can do there."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,11 +71,11 @@ def _compared(outcome: Outcome) -> tuple[Verdict, float | None, str]:
 
 
 def _failed(case: Case, column: Column, error: Exception) -> tuple[Verdict, float | None, str]:
-    refusal = _refusal(error)
-    if refusal is not None and case.op.spec.name in str(refusal):
-        return "refused", None, str(refusal)
+    refusal, spec = _refusal(error), case.op.spec
+    if refusal is not None and spec.name in str(refusal):
+        return "error" if isinstance(refusal, RuleConflictError) else "refused", None, str(refusal)
     try:
-        column.run(case, case.body)
+        column.run(case, case.body if column.group in BODY_RUNS else case.declared)
     except Exception as without:  # the same column, without hopkit
         return "n/a", None, f"the body alone cannot be run here: {_line(without)}"
     return "error", None, _line(error)
@@ -214,14 +144,16 @@ def check(
         progress: Told before every cell.
 
     Returns:
-        A report that prints as a table; ``report.ok`` says whether anything is wrong.
+        A report that prints as a table; ``report.ok`` says whether anything is wrong. A mode in which plugins are in
+        conflict has a cell of its own, whether a column gets there or not.
 
     Raises:
         SpecError: There are no samples.
         ValueError: There is no such mode.
     """
     trials = plan(op, samples, modes=modes)
-    cells = []
+    conflicts = [row for row in explain(op).rows if row.kind == "conflict"]
+    cells = [Cell(op.spec.name, "any", row.mode, "error", None, 0.0, row.note) for row in conflicts]
     for done, trial in enumerate(trials):
         if progress is not None:
             progress(done, len(trials), str(trial))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import io
 import pickle
 from collections.abc import Callable
 from typing import cast
@@ -16,8 +18,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
 import hopkit
+from hopkit._torch.fakes import FakeMode
 from hopkit.testing import check
 from hopkit_constgraph import run_const_graph, run_const_graph_derive
+from tests.test_state import Boxed
 
 Function = Callable[..., object]
 THEIRS = torch.ops.higher_order.run_const_graph
@@ -105,19 +109,86 @@ def test_no_tensor_among_the_arguments() -> None:
         torch.testing.assert_close(result, torch.full((3,), 1.5))
 
 
-def test_nested_arguments() -> None:
-    graph = symbolic_trace(lambda named, many: named["w"]["left"] * 2 + many[1])
+def test_fake_tensors_in_nested_arguments_outside_of_their_mode() -> None:
+    graph, mode = symbolic_trace(lambda both: both[0] @ both[1]), FakeMode()
+    fakes = mode.from_tensor(weight()), mode.from_tensor(weight().t())
+    recorded = make_fx(lambda *both: run_const_graph(graph, (both,)))(*fakes)
+    for result in (run_const_graph(graph, (fakes,)), recorded(*fakes)):
+        assert isinstance(result, type(fakes[0]))
+        assert result.shape == (2, 2)
+    with pytest.raises(TypeError, match="not supported for the given input types"):
+        THEIRS(graph, (fakes,))
 
-    def run(left: torch.Tensor, right: torch.Tensor) -> object:
-        return run_const_graph(graph, ({"w": {"left": left}}, [left, right]))
+
+def test_a_subclass_in_nested_arguments() -> None:
+    graph, boxed = symbolic_trace(lambda both: both[0] * both[1]), Boxed(weight())
+    result = run_const_graph(graph, ((boxed, 2.0),))
+    assert isinstance(result, Boxed)
+    torch.testing.assert_close(result.held, weight() * 2)
+    with pytest.raises(TypeError, match="not supported for the given input types"):
+        THEIRS(graph, ((boxed, 2.0),))
+
+
+def test_a_subclass_is_recorded_inside() -> None:
+    """torch's op records a node, which no subclass can run."""
+    graph, boxed = symbolic_trace(scaled), Boxed(weight())
+    torch.testing.assert_close(make_fx(lambda w: run_const_graph(graph, (w,)))(boxed)(boxed).held, scaled(weight()))
+    with pytest.raises(NotImplementedError, match="There was no rule registered"):
+        make_fx(lambda w: THEIRS(graph, (w,)))(boxed)(boxed)
+
+
+@dataclasses.dataclass
+class Affine:
+    weight: torch.Tensor
+    bias: torch.Tensor
+
+
+torch.export.register_dataclass(Affine)
+
+
+@pytest.mark.parametrize("record", [ahead, functional_graph])
+def test_a_dataclass_among_the_arguments(record: Callable[[Function], Function]) -> None:
+    graph = symbolic_trace(lambda affine: affine.weight * 2 + affine.bias)
+
+    def run(weight: torch.Tensor, bias: torch.Tensor) -> object:
+        return run_const_graph(graph, (Affine(weight, bias),))
 
     inputs = weight(), weight().exp()
-    expected = inputs[0] * 2 + inputs[1]
-    recorded = make_fx(run)(torch.zeros(2, 3), torch.zeros(2, 3))
-    for result in (run(*inputs), recorded(*inputs), functional_graph(run)(*inputs), ahead(run)(*inputs)):
-        torch.testing.assert_close(result, expected)
-    (node,) = (n for n in recorded.graph.nodes if n.target is torch.ops.higher_order.constgraph_run)
-    assert len(node.args[1]) == 2, "the node has one flat tuple"
+    torch.testing.assert_close(record(run)(*inputs), run(*inputs))
+    with pytest.raises(TypeError, match="unhashable"):
+        ahead(lambda weight, bias: THEIRS(graph, (Affine(weight, bias),)))(*inputs)
+
+
+def test_a_schema_has_one_argument_per_leaf() -> None:
+    graph = symbolic_trace(lambda both, scale: both[0] * scale + both[1])
+    args = (graph, ([weight(), weight()], 2.0))
+    schema = "constgraph_run(Any graph0, Tensor input0, Tensor input1, float input2) -> ((Tensor))"
+    assert str(torch.ops.higher_order.constgraph_run.gen_schema(*args)) == schema
+    with pytest.raises(NotImplementedError, match="does not implement a gen_schema"):
+        THEIRS.gen_schema(*args)
+
+
+def test_nested_arguments_in_a_program_that_is_saved() -> None:
+    graph = make_fx(lambda both: both[0] + both[1])([weight(), weight()])
+
+    class Both(torch.nn.Module):
+        def __init__(self, op: Function) -> None:
+            super().__init__()
+            self.op = op
+
+        def forward(self, left: torch.Tensor, right: torch.Tensor) -> object:
+            return self.op(graph, ([left, right],))
+
+    def loaded(op: Function) -> Function:
+        file = io.BytesIO()
+        torch.export.save(torch.export.export(Both(op), (weight(), weight()), strict=False), file)
+        file.seek(0)
+        return torch.export.load(file).module()
+
+    inputs = weight(), weight().exp()
+    torch.testing.assert_close(loaded(run_const_graph)(*inputs), inputs[0] + inputs[1])
+    with pytest.raises(TypeError, match="missing 1 required positional argument"):
+        loaded(THEIRS)(*inputs)
 
 
 @pytest.mark.parametrize("bad", [torch.sin, scaled, torch.nn.Linear(3, 3), None])
@@ -286,7 +357,14 @@ def test_gradients_of_arguments_and_of_own_parameters(order: Callable[..., tuple
         torch.testing.assert_close(found, expected)
 
 
-# Real models
+# Every mode
+
+
+def test_nested_arguments_in_every_mode() -> None:
+    """Of the op that derives; test_seed.py has the other one."""
+    graph = symbolic_trace(lambda both, named: both[0] * both[1] + named["w"])
+    report = check(run_const_graph_derive, [hopkit.Sample((graph, ((weight(), 2.0), {"w": weight()})))])
+    assert report.ok, str(report)
 
 
 @pytest.mark.parametrize("op", [run_const_graph, run_const_graph_derive], ids=["", "derive"])

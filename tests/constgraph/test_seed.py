@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import pickle
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from typing import Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import pytest
 import torch
@@ -20,6 +23,7 @@ from hopkit_constgraph.samples import samples
 Operator = Callable[..., object]
 Args = tuple[object, ...]
 
+OURS: Operator = run_const_graph
 THEIRS: Operator = torch.ops.higher_order.run_const_graph
 TARGETS = {THEIRS: "run_const_graph", torch.ops.higher_order.constgraph_run: "run_const_graph"}
 
@@ -52,6 +56,41 @@ def integers(weight: torch.Tensor) -> object:
     return weight.argmax(), weight.cos()
 
 
+class Pair(NamedTuple):
+    """A named tuple is kept as it is."""
+
+    left: torch.Tensor
+    right: torch.Tensor
+
+
+def nested(both, scale, many):  # type: ignore[no-untyped-def] # torch.fx keeps annotations as text, and cannot pickle it
+    return both[0] * scale + both[1] * many[0]
+
+
+def deep(named, many):  # type: ignore[no-untyped-def] # as above
+    return named["w"]["left"] * many[0][1] + named[0], many[1]
+
+
+def pair(both: Pair, many: list[Pair]) -> object:
+    return both.left + many[0].right
+
+
+def constants(weight: torch.Tensor, some: tuple[int, float, bool], named: dict[str, Any]) -> object:
+    return (weight[: some[0]] * some[1] + some[2]).to(named["dtype"]).sum(named["dims"])
+
+
+def absent(weight: torch.Tensor, nothing: None, some: tuple[torch.Tensor, None], none: tuple[()]) -> object:
+    return weight + some[0], some[1]
+
+
+def containers(ordered: OrderedDict[str, torch.Tensor], pair: tuple[torch.Tensor, torch.Tensor]) -> object:
+    return ordered["right"] * pair[1] + pair[0].sum()
+
+
+def passing_nested(both: tuple[torch.Tensor, torch.Tensor]) -> object:
+    return both, both[0] * 2
+
+
 def matrix() -> torch.Tensor:
     return torch.linspace(-1.0, 1.0, 6).reshape(2, 3)
 
@@ -68,6 +107,13 @@ SMALL: Mapping[Operator, Args] = {
     bare: (matrix(),),
     nothing: (matrix(),),
     integers: (matrix(),),
+    nested: ((matrix(), bias()), 2.0, [bias()]),
+    deep: ({"w": {"left": matrix()}, 0: bias()}, [(matrix(), bias()), matrix()]),
+    pair: (Pair(matrix(), bias()), [Pair(matrix(), bias())]),
+    constants: (matrix(), (1, 0.5, True), {"dtype": torch.float64, "dims": [0, 1]}),
+    absent: (matrix(), None, (bias(), None), ()),
+    containers: (OrderedDict(left=matrix(), right=bias()), torch.linalg.qr(matrix())),
+    passing_nested: ((matrix(), bias()),),
 }
 
 
@@ -87,22 +133,26 @@ def case(request: pytest.FixtureRequest) -> tuple[GraphModule, Args]:
     return cases()[request.param]
 
 
+def each(fn: Callable[[torch.Tensor], torch.Tensor], args: Args) -> Args:
+    return cast("Args", trees.map_only(torch.Tensor, fn, args))
+
+
 def clones(args: Args, *, grad: bool = False) -> Args:
-    return tuple(a.detach().clone().requires_grad_(grad) if isinstance(a, torch.Tensor) else a for a in args)
+    return each(lambda tensor: tensor.detach().clone().requires_grad_(grad), args)
 
 
 def on(operator: Operator, graph: GraphModule, args: Args) -> Callable[..., object]:
-    """The call as a function of its tensors; numbers stay in the tuple."""
+    """The call as a function of its tensors; everything else stays where it is."""
 
     def run(*tensors: torch.Tensor) -> object:
         given = iter(tensors)
-        return operator(graph, tuple(next(given) if isinstance(a, torch.Tensor) else a for a in args))
+        return operator(graph, each(lambda _: next(given), args))
 
     return run
 
 
 def tensors(args: Args) -> list[torch.Tensor]:
-    return [a for a in args if isinstance(a, torch.Tensor)]
+    return [leaf for leaf in trees.leaves(args) if isinstance(leaf, torch.Tensor)]
 
 
 def described(graph: GraphModule) -> list[object]:
@@ -161,22 +211,67 @@ def test_recorded_graph_of_a_call_by_keyword(case: tuple[GraphModule, Args]) -> 
     assert described(by_keyword) == described(theirs)
 
 
-def test_recorded_graph_with_a_symbolic_number() -> None:
-    graph = symbolic_trace(lambda weight, rows: weight[:rows] + rows)
+@pytest.mark.parametrize(
+    "again", [lambda graph: graph, lambda graph: torch.fx.Interpreter(graph).run], ids=["", "interpreted"]
+)
+@pytest.mark.parametrize("change", [lambda run: run, torch.func.functionalize], ids=["", "functionalized"])
+def test_graph_recorded_again(
+    case: tuple[GraphModule, Args],
+    again: Callable[[GraphModule], Callable[..., object]],
+    change: Callable[[Callable[..., object]], Callable[..., object]],
+) -> None:
+    graph, args = case
+    ours, theirs = (make_fx(on(operator, graph, args))(*tensors(args)) for operator in (run_const_graph, THEIRS))
+    ours, theirs = (make_fx(change(again(recorded)))(*tensors(args)) for recorded in (ours, theirs))
+    assert described(ours) == described(theirs)
+    same(ours(*tensors(args)), theirs(*tensors(args)))
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda graph: pickle.loads(pickle.dumps(graph))], ids=["deepcopy", "pickle"]
+)
+@pytest.mark.parametrize("name", ["nested", "deep"])
+def test_copied_graph(name: str, copied: Callable[[GraphModule], GraphModule]) -> None:
+    graph, args = cases()[name]
+    ours, theirs = (copied(make_fx(on(f, graph, args))(*tensors(args))) for f in (run_const_graph, THEIRS))
+    assert described(ours) == described(theirs)
+    same(ours(*tensors(args)), theirs(*tensors(args)))
+
+
+def test_recorded_graph_of_a_list_of_arguments() -> None:
+    graph = symbolic_trace(nested)
 
     def run(operator: Operator) -> GraphModule:
-        return make_fx(lambda w: operator(graph, (w, w.shape[0] - 1)), tracing_mode="symbolic")(matrix())
+        return make_fx(lambda w, b: operator(graph, [(w, b), 2.0, (b,)]))(matrix(), bias())
+
+    ours, theirs = run(OURS), run(THEIRS)
+    assert described(ours) == described(theirs)
+    same(ours(matrix(), bias()), theirs(matrix(), bias()))
+
+
+FIRST_ROWS = symbolic_trace(lambda weight, rows: weight[:rows] + rows)
+FIRST_ROWS_NESTED = symbolic_trace(lambda weight, some: weight[: some[0][0]] + some[0][0])
+
+
+@pytest.mark.parametrize(
+    ("graph", "wrap"),
+    [(FIRST_ROWS, lambda rows: rows), (FIRST_ROWS_NESTED, lambda rows: [(rows,)])],
+    ids=["", "nested"],
+)
+def test_recorded_graph_with_a_symbolic_number(graph: GraphModule, wrap: Callable[[int], object]) -> None:
+    def run(operator: Operator) -> GraphModule:
+        return make_fx(lambda w: operator(graph, (w, wrap(w.shape[0] - 1))), tracing_mode="symbolic")(matrix())
 
     ours, theirs = run(run_const_graph), run(THEIRS)
     assert described(ours) == described(theirs)
     larger = torch.cat([matrix(), matrix()])
-    same(ours(larger), graph(larger, 3))
+    same(ours(larger), graph(larger, wrap(3)))
 
 
 def test_fake(case: tuple[GraphModule, Args]) -> None:
     graph, args = case
     with FakeMode() as mode:
-        fakes = tuple(mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in args)
+        fakes = each(mode.from_tensor, args)
         ours, theirs = run_const_graph(graph, fakes), THEIRS(graph, fakes)
     facts = [trees.map_leaves(fact, result) for result in (ours, theirs)]
     assert facts[0] == facts[1]
@@ -259,3 +354,16 @@ def test_backward_raises(case: tuple[GraphModule, Args]) -> None:
             cast("torch.Tensor", loss).backward()
         messages.append(str(caught.value))
     assert messages == ["Autograd not implemented for constgraph_run", "Autograd not implemented for run_const_graph"]
+
+
+@pytest.mark.parametrize("operator", [run_const_graph, THEIRS], ids=["ours", "theirs"])
+def test_ahead_of_time_the_error_is_lost(operator: Operator) -> None:
+    """The documented limit of a deferred error: AOTAutograd looks for a way from the outputs to the weight."""
+    w = matrix().requires_grad_()
+
+    def boxed(graph: GraphModule, inputs: object) -> Callable[..., object]:
+        return cast("Callable[..., object]", make_boxed_func(graph.forward))
+
+    result = aot_function(on(operator, symbolic_trace(bare), (w,)), fw_compiler=boxed)(w)
+    result.sum().backward()
+    assert w.grad is None

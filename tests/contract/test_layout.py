@@ -14,13 +14,14 @@ from tests.contract.seam import ROOT, imports, parse, private
 # From the ground up: a module imports from the layers below its own, never from its own or above. Imports that only
 # type checkers read do not count. A folder stands for all of its modules.
 LAYERS = [
-    ["errors", "modes", "new", "table"],
+    ["constants", "errors", "modes", "new", "table"],
     ["_torch", "spec"],
     ["binding", "codec", "rule"],
-    ["hookspecs", "layout", "parameters"],
-    ["manager", "probe", "transform"],
-    ["record"],
+    ["asking", "hookspecs", "layout", "parameters"],
+    ["digest", "manager", "probe", "transform"],
+    ["installed", "record"],
     ["call", "live", "resolve"],
+    ["region"],
     ["extend", "handwritten"],
     ["install", "rules"],
     ["op"],

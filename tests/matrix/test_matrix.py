@@ -13,7 +13,7 @@ DECIDES = "the body decides on a value, which tensors have not got here; torch r
 
 EMPTY = {
     **{(op, "conj"): ONE_DTYPE for op in OPS if op != "region"},
-    **{(op, mode): DECIDES for op in ("branch", "loop") for mode in ("meta", "compiled", "compiled_grad", "vmap")},
+    **{(op, mode): DECIDES for op in ("branch", "loop") for mode in ("vmap",)},
     ("trees", "vmap"): "vmap returns tensors alone, and the result holds None",
 }
 """The cells in which nothing can be compared, and why."""

@@ -59,7 +59,11 @@ def _recorded(case: Case, callee: Callee, tracing_mode: TracingMode, *, pre_disp
 
 def _fixes_size(case: Case, resized: Tensors) -> bool:
     """Whether torch's own graph of the body is no better on another size."""
-    return _differs(case, trace(case, case.on(case.body), "symbolic"), resized)
+    try:
+        graph = trace(case, case.on(case.body), "symbolic")
+    except Exception:  # torch has no such graph, and so nothing says that the size is fixed
+        return False
+    return _differs(case, graph, resized)
 
 
 def _differs(case: Case, graph: Run, tensors: Tensors) -> bool:

@@ -1,0 +1,371 @@
+"""A call that Dynamo met while it read a frame, and the steps of putting it into Dynamo's graph.
+
+Private to torch, all of it (torch/_dynamo/variables/higher_order_ops.py, seen in 2.13 and 2.14; if it is gone, an op's
+body is what Dynamo reads, and no node is left). Only `hopkit._torch.dynamo` imports this module, once torch's compiler
+is loaded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NoReturn, Protocol, TypeAlias, cast
+
+import torch
+from torch._dispatch.python import enable_python_dispatcher
+from torch._dynamo.exc import Unsupported, unimplemented
+from torch._dynamo.symbolic_convert import InstructionTranslatorBase
+from torch._dynamo.utils import _make_inlined, unpack_iterable
+from torch._dynamo.variables import (
+    ConstDictVariable,
+    LazyVariableTracker,
+    SymNodeVariable,
+    TensorVariable,
+    TupleVariable,
+)
+from torch._dynamo.variables import higher_order_ops as hops
+from torch._dynamo.variables.base import VariableTracker
+from torch._dynamo.variables.builder import SourcelessBuilder, wrap_fx_proxy, wrap_fx_proxy_cls
+from torch.fx import Graph, GraphModule, Node, Proxy
+from torch.utils import _pytree as pytree
+
+from hopkit._torch import sizes, trees
+from hopkit._torch.fakes import left, run_in_mode, stand_in
+
+Variable: TypeAlias = VariableTracker
+"""What Dynamo knows of one of the user's values."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Read:
+    """A subgraph that Dynamo read on one signature.
+
+    Args:
+        graph: What it read. Takes ``sizes``, then the tensors and symbols of the arguments, then ``captured``.
+        sizes: ``(position among the arguments, dimension)`` of sizes that only the op's body makes.
+        captured: What the subgraph uses from outside, as Dynamo's stand-ins.
+        gives: Its result's structure, and per leaf a constant in a tuple; None stands for the graph's next output.
+    """
+
+    graph: Graph
+    run: Callable[..., Sequence[object]]
+    sizes: tuple[tuple[int, int], ...]
+    captured: tuple[object, ...]
+    gives: tuple[trees.Tree, tuple[tuple[object, ...] | None, ...]]
+
+    def __call__(self, inputs: Sequence[object]) -> object:
+        """The subgraph's result on stand-ins."""
+        made = [cast("torch.Tensor", inputs[i]).shape[dim] for i, dim in self.sizes]
+        outputs = iter(self.run(*made, *inputs, *self.captured))
+        tree, leaves = self.gives
+        return trees.unflatten([next(outputs) if leaf is None else leaf[0] for leaf in leaves], tree)
+
+
+class Frame:
+    """One call of an op in the code that Dynamo reads.
+
+    Args:
+        tx: Dynamo's own.
+        target: The operator that is called.
+        args: The call's positional arguments.
+        kwargs: Its keyword arguments.
+    """
+
+    def __init__(
+        self,
+        tx: InstructionTranslatorBase,
+        target: Callable[..., object],
+        args: Sequence[Variable],
+        kwargs: Mapping[str, Variable],
+    ) -> None:
+        self._tx, self.target = tx, target
+        assert tx.fake_mode is not None  # Dynamo always has one
+        self._mode = tx.fake_mode
+        self.args: list[Variable]
+        self.kwargs: dict[str, Variable]
+        self.args, self.kwargs = LazyVariableTracker.realize_all((list(args), dict(kwargs)))
+        self._known: dict[object, Variable] = {}
+        self._proxies: dict[object, Proxy] = {}
+
+    def items(self, given: object) -> list[object]:
+        """The items of a sequence."""
+        if isinstance(given, Variable):
+            return list(unpack_iterable(self._tx, given))
+        return list(cast("Sequence[object]", given))
+
+    def value(self, given: object) -> object:
+        """A pytree as stand-ins for tensors, symbols for sizes that are not fixed, and constants."""
+        if isinstance(given, tuple):  # of variables, or a default of the author's
+            return tuple(map(self.value, given))
+        if not isinstance(given, Variable):
+            return given
+        leaves, tree = unpack_iterable(self._tx, _make_inlined(self._tx, pytree.tree_flatten)(given))
+        return trees.unflatten(map(self._leaf, unpack_iterable(self._tx, leaves)), tree.as_python_constant())
+
+    def _leaf(self, leaf: Variable) -> object:
+        if not isinstance(leaf, (TensorVariable, SymNodeVariable)):
+            return leaf.as_python_constant()
+        proxy = leaf.as_proxy()
+        value = proxy.node.meta["example_value"]
+        self._known[identity(value)] = leaf
+        self._proxies[identity(value)] = proxy
+        return value
+
+    def unflatten(self, leaves: Sequence[object], tree: trees.Tree) -> Variable:
+        """The pytree of these leaves, each a variable, a value that `value` gave, or a constant."""
+        variables = self._constant([self._variable(leaf) for leaf in leaves])
+        return _make_inlined(self._tx, pytree.tree_unflatten)(variables, self._constant(tree))
+
+    def option(self, given: object) -> object:
+        """The value of a constant; a symbolic size in it is fixed, with a guard.
+
+        Raises:
+            NotImplementedError: Dynamo takes it for no constant.
+        """
+        if not isinstance(given, Variable):
+            return given
+        if isinstance(given, SymNodeVariable):
+            return given.evaluate_expr(self._tx.output)
+        if given.is_python_constant() or not isinstance(given, TupleVariable):
+            return given.as_python_constant()
+        return tuple(map(self.option, self.items(given)))
+
+    def callee(self, given: object) -> object:
+        """The module or the constant that a variable stands for; for other callables, something callable."""
+        if isinstance(given, Variable) and given.is_python_constant():
+            return given.as_python_constant()
+        return getattr(given, "value", self.callee)
+
+    def read(self, name: str, subgraph: Variable, args: object, kwargs: object) -> Read:
+        """Let Dynamo read a subgraph on stand-ins of the arguments it is called with.
+
+        Raises:
+            Unsupported: Dynamo cannot read it in one piece.
+        """
+        tx = self._tx
+        leaves, tree = trees.flatten((args, kwargs))
+        with left(self._mode):
+            examples = [stand_in(x, self._mode) if isinstance(x, torch.Tensor) else x for x in leaves]
+            inputs = [x for x in examples if isinstance(x, _INPUTS)]
+            made = self._made(inputs)
+            # A scratch graph gives what the op's body made a name; the subgraph's own inputs are made from that.
+            with hops.discard_graph_changes(tx):
+                extra = [self._input(cast("torch.Tensor", inputs[i]).shape[dim]) for i, dim in made]
+                variables = [self._input(x) if isinstance(x, _INPUTS) else self._constant(x) for x in examples]
+            taken = [v for v, x in zip(variables, examples, strict=True) if isinstance(x, _INPUTS)]
+            (_, spec), graph, lifted = hops.speculate_subgraph(
+                tx,
+                _Call(subgraph, tree, examples, variables, len(extra)),
+                [*extra, *taken],
+                {},
+                name,
+                set_subgraph_inputs="manual",
+                should_flatten_outputs=True,
+                supports_input_mutation=True,
+                supports_aliasing=True,
+            )
+            self._mode.epoch += 1
+        for proxy in lifted:
+            self._proxies.setdefault(identity(proxy.node.meta["example_value"]), proxy)
+        run = GraphModule(dict(tx.output.nn_modules), graph)
+        told = zip(spec.masks_to_filter_const_values or (), spec.const_values or (), strict=True)
+        gives = tuple((constant,) if is_constant else None for is_constant, constant in told)
+        tree = cast("Variable", spec.treespec).as_python_constant()
+        captured = tuple(proxy.node.meta["example_value"] for proxy in lifted)
+        return Read(graph, run, made, captured, (tree, gives))
+
+    def close(self, read: Read, slots: int, captured: Sequence[object]) -> GraphModule:
+        """What was read as a graph of the slots and of just these captured values, in this order.
+
+        Raises:
+            LookupError: It uses a size that is in neither.
+        """
+        old = read.graph.find_nodes(op="placeholder")
+        made, taken, lifted = _split(old, len(read.sizes), slots)
+        graph, env = Graph(), {}
+        for node in taken:
+            env[node] = graph.node_copy(node)
+        numbers = {identity(value): number for number, value in enumerate(captured)}
+        first = {identity(value): node for value, node in zip(read.captured, lifted, strict=True)}
+        new = []
+        for value in captured:
+            node = graph.placeholder(first[identity(value)].name)
+            node.meta = dict(first[identity(value)].meta)
+            new.append(node)
+
+        def size(wanted: object, tensor: Node, dim: int) -> Node:
+            node = graph.call_function(torch.ops.aten.sym_size.int, (tensor, dim))
+            node.meta["example_value"] = wanted
+            return node
+
+        for node, (i, dim) in zip(made, read.sizes, strict=True):
+            env[node] = size(node.meta["example_value"], env[taken[i]], dim)
+        tensors = [*(env[node] for node in taken), *new]
+        for node, value in zip(lifted, read.captured, strict=True):
+            if identity(value) in numbers:
+                env[node] = new[numbers[identity(value)]]
+                continue
+            found = next(
+                (
+                    (tensor, dim)
+                    for tensor in tensors
+                    if isinstance(example := tensor.meta["example_value"], torch.Tensor)
+                    for dim, n in enumerate(example.shape)
+                    if identity(n) == identity(value)
+                ),
+                None,
+            )
+            if found is None and node.users:
+                raise LookupError(str(value))
+            if found is not None and node.users:
+                env[node] = size(value, *found)
+        for node in read.graph.nodes:
+            if node.op != "placeholder":
+                env[node] = graph.node_copy(node, env.__getitem__)
+        return GraphModule(dict(self._tx.output.nn_modules), graph)
+
+    def emit(
+        self,
+        names: Mapping[GraphModule, str],
+        graphs: Sequence[GraphModule],
+        inputs: Sequence[object],
+        keywords: Mapping[str, object],
+    ) -> list[Variable]:
+        """Write the node ``op(*graphs, inputs, **keywords)``; gives its outputs.
+
+        Args:
+            names: A name for every graph.
+            graphs: The node's graphs.
+            inputs: Values that `value` gave, or that a subgraph read captured.
+        """
+        tx = self._tx
+        installed = {graph: tx.output.install_subgraph(name, graph) for graph, name in names.items()}
+        with left(self._mode), enable_python_dispatcher():
+            examples = run_in_mode(lambda: self.target(*graphs, tuple(inputs), **keywords), self._mode)
+        proxies = (
+            *(hops.make_attr(tx, installed[graph]) for graph in graphs),
+            tuple(self._proxies[identity(value)] for value in inputs),
+        )
+        node = tx.output.create_proxy("call_function", self.target, proxies, dict(keywords))
+        return unpack_iterable(tx, wrap_fx_proxy(tx, node, example_value=tuple(cast("Sequence[object]", examples))))
+
+    def refuse(self, what: str, error: Exception) -> NoReturn:
+        """End reading here: a graph break, or an error where there must be none.
+
+        Raises:
+            Unsupported: Always.
+        """
+        unimplemented(
+            gb_type="hopkit: an op that Dynamo cannot record",
+            context=what,
+            explanation=str(error),
+            hints=[],
+            from_exc=error,
+        )
+
+    def unread(self, error: Exception, what: str) -> None:
+        """As `refuse`, where Dynamo broke the graph; what it refuses in a subgraph alone it can read in place.
+
+        Raises:
+            Unsupported: Dynamo's own, with a word on where it is.
+        """
+        kind = (error.gb_type or "") if isinstance(error, Unsupported) else "HOP"
+        if not (kind.startswith("HOP") or "higher order" in kind):
+            unimplemented(
+                gb_type="hopkit: a subgraph that Dynamo cannot read",
+                context=what,
+                explanation=f"{what} is to be one graph, and Dynamo cannot read it in one piece.",
+                hints=["Move what breaks the graph out of the subgraph."],
+                from_exc=error,
+            )
+
+    def inlined(self) -> Variable:
+        """Says that the op's body is to be read in its place."""
+        return self._constant(NotImplemented)
+
+    def _made(self, inputs: Sequence[object]) -> tuple[tuple[int, int], ...]:
+        """Sizes that nobody knows before the op has run, and that Dynamo has not seen yet."""
+        seen: set[object] = set(self._tx.output.current_tracer.bound_symbols)
+        made: list[tuple[int, int]] = []
+        for i, x in enumerate(inputs):
+            for dim, n in enumerate(x.shape if isinstance(x, torch.Tensor) else ()):
+                new = sizes.symbols([n]) - seen
+                if sizes.unbacked(n) and new and str(n).isidentifier():
+                    made.append((i, dim))
+                    seen |= new
+        return tuple(made)
+
+    def _input(self, example: object) -> Variable:
+        kind = TensorVariable if isinstance(example, torch.Tensor) else SymNodeVariable
+        proxy = self._tx.output.current_tracer.create_graph_input("arg", type(example), example)
+        return wrap_fx_proxy_cls(kind, self._tx, proxy, example_value=example)
+
+    def _constant(self, value: object) -> Variable:
+        return SourcelessBuilder.create(self._tx, value)
+
+    def _variable(self, leaf: object) -> Variable:
+        if isinstance(leaf, VariableTracker):
+            return leaf
+        if not isinstance(leaf, _INPUTS):
+            return self._constant(leaf)
+        if identity(leaf) in self._known:
+            return self._known[identity(leaf)]
+        return wrap_fx_proxy(self._tx, self._proxies[identity(leaf)], example_value=leaf)
+
+
+class _Call(VariableTracker):
+    """Calls a subgraph with the pytrees that its op's body called it with, made from the graph's flat inputs."""
+
+    def __init__(
+        self, subgraph: Variable, tree: trees.Tree, examples: Sequence[object], leaves: Sequence[Variable], skip: int
+    ) -> None:
+        super().__init__()
+        self._subgraph, self._tree, self._examples, self._leaves, self._skip = subgraph, tree, examples, leaves, skip
+
+    def call_function(
+        self,
+        tx: InstructionTranslatorBase,
+        args: Sequence[Variable],
+        kwargs: Mapping[str, Variable],  # noqa: ARG002 # as Dynamo calls any callable
+    ) -> Variable:
+        """The subgraph's result."""
+        inputs = iter(args[self._skip :])
+        leaves = [
+            next(inputs) if isinstance(x, _INPUTS) else v for x, v in zip(self._examples, self._leaves, strict=True)
+        ]
+        tree = SourcelessBuilder.create(tx, self._tree)
+        pair = _make_inlined(tx, pytree.tree_unflatten)(SourcelessBuilder.create(tx, leaves), tree)
+        arguments, keywords = unpack_iterable(tx, pair)
+        named = {key.vt.as_python_constant(): value for key, value in cast("ConstDictVariable", keywords).items.items()}
+        return self._subgraph.call_function(tx, unpack_iterable(tx, arguments), named)
+
+
+_INPUTS = (torch.Tensor, *sizes.SYMBOLIC)
+
+
+def identity(value: object) -> object:
+    """What a stand-in, or a symbolic number, is looked up by."""
+    return id(value) if isinstance(value, torch.Tensor) else str(value)
+
+
+def _split(nodes: Sequence[Node], *counts: int) -> Iterator[Sequence[Node]]:
+    first = 0
+    for count in counts:
+        yield nodes[first : first + count]
+        first += count
+    yield nodes[first:]
+
+
+class _Readable(Protocol):
+    def read(self, frame: Frame) -> Variable: ...
+
+
+class Operator(hops.TorchHigherOrderOperatorVariable):
+    """How Dynamo reads a call of any op of hopkit."""
+
+    _HOP_NAME = "hopkit"
+
+    def _call_function(
+        self, tx: InstructionTranslatorBase, args: Sequence[Variable], kwargs: Mapping[str, Variable]
+    ) -> Variable:
+        return cast("_Readable", self.value).read(Frame(tx, self.value, args, kwargs))

@@ -1,0 +1,73 @@
+"""A call back into Python, as an operator that compilers know how to call: for what they cannot inline.
+
+``hopkit::call`` is an ordinary operator of torch.library. Its ``effect`` twin is never removed, and keeps its order
+(torch/_higher_order_ops/effects.py, 2.13 and 2.14; if that is gone, calls that have an effect are refused).
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Sequence
+from typing import cast
+
+import torch
+
+Run = Callable[[Sequence[object]], Sequence[torch.Tensor]]
+
+_runs: dict[str, tuple[Run, Run]] = {}
+_library = torch.library.Library("hopkit", "FRAGMENT")
+for _name in ("call", "call_with_effect"):
+    _library.define(f"{_name}(str name, Tensor[] tensors, SymInt[] numbers, int[] order) -> Tensor[]")
+
+
+def call(run: Run, like: Run, inputs: Sequence[object], *, effect: bool) -> tuple[torch.Tensor, ...]:
+    """``run(inputs)``, when the compiled code gets there.
+
+    Args:
+        run: Called with the inputs, tensors and integers. Gives tensors.
+        like: The same on stand-ins.
+        inputs: What the compiler sees.
+        effect: Whether it is to be called each time, in order, used or not.
+    """
+    if effect:
+        _ordered()
+    name = uuid.uuid4().hex  # no cache may take it for another call's
+    _runs[name] = (run, like)
+    operator = torch.ops.hopkit.call_with_effect if effect else torch.ops.hopkit.call
+    tensors = [value for value in inputs if isinstance(value, torch.Tensor)]
+    numbers = [value for value in inputs if not isinstance(value, torch.Tensor)]
+    order = [int(isinstance(value, torch.Tensor)) for value in inputs]
+    return tuple(cast("Sequence[torch.Tensor]", operator(name, tensors, numbers, order)))
+
+
+def _inputs(tensors: Sequence[torch.Tensor], numbers: Sequence[int], order: Sequence[int]) -> list[object]:
+    some, others = iter(tensors), iter(numbers)
+    return [next(some) if is_tensor else next(others) for is_tensor in order]
+
+
+def _run(
+    name: str, tensors: Sequence[torch.Tensor], numbers: Sequence[int], order: Sequence[int]
+) -> list[torch.Tensor]:
+    run, _ = _runs[name]
+    taken = {tensor.untyped_storage()._cdata for tensor in tensors}
+    # What an operator gives is its own: the body may give an operand back.
+    return [t.clone() if t.untyped_storage()._cdata in taken else t for t in run(_inputs(tensors, numbers, order))]
+
+
+def _like(
+    name: str, tensors: Sequence[torch.Tensor], numbers: Sequence[int], order: Sequence[int]
+) -> list[torch.Tensor]:
+    _, like = _runs[name]
+    return [torch.empty_like(t) for t in like(_inputs(tensors, numbers, order))]
+
+
+for _name in ("call", "call_with_effect"):
+    _library.impl(_name, _run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"hopkit::{_name}", _like, lib=_library)
+
+
+def _ordered() -> None:
+    from torch._higher_order_ops import effects  # loaded with torch's compiler
+
+    if effects._get_effect("hopkit::call_with_effect") is None:
+        effects._register_effectful_op("hopkit::call_with_effect", effects._EffectType.ORDERED)

@@ -1,0 +1,60 @@
+"""Who asks for an op whole, besides what records it: known once its rules are, so that a call need not look."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+
+from hopkit._torch import keys
+from hopkit.modes import Mode
+from hopkit.rule import Answer, Place, Table
+
+
+@dataclasses.dataclass(frozen=True)
+class Asking:
+    """What the rules of an op that are not built in ask for.
+
+    Args:
+        always: Every call: there is a kernel, a derivative or a backend's rule.
+        modes: Calls while a dispatch mode of one of these classes is active.
+        subclasses: Calls on tensors of these classes.
+        kernels: Who answers a call that nothing records, differentiates or transforms. Empty where nothing is asked
+            for, or where a rule for a subclass or a backend comes first.
+        derivative: Whether one is written by hand. It sees the author's arguments.
+        whole: Whether a kernel, or a way to record the op, is written by hand. It sees the op, and not a part of it.
+    """
+
+    always: bool = False
+    modes: frozenset[type] = frozenset()
+    subclasses: tuple[type, ...] = ()
+    kernels: tuple[Answer, ...] = ()
+    derivative: bool = False
+    whole: bool = False
+
+    @property
+    def quietly(self) -> bool:
+        """Whether a call may be asked for that no mode, tracer or profiler sees."""
+        return self.always or bool(self.subclasses)
+
+
+def asking(table: Table, modes: Sequence[Mode]) -> Asking:
+    """What the rules in ``table`` ask for."""
+    written = {mode for mode, answers in table.items() if answers and answers[0].place is not Place.BUILTIN}
+    entries = [_BUILTIN.get(mode.name, mode.entry) for mode in modes if mode.name in written]
+    classes = [entry for entry in entries if isinstance(entry, type)]
+    subclasses = tuple(cls for cls in classes if issubclass(cls, torch.Tensor))
+    backends = any(isinstance(entry, keys.DispatchKey) for entry in entries)
+    by_hand = not written.isdisjoint({"device", "autograd"})
+    return Asking(
+        always=by_hand or backends,
+        modes=frozenset(classes).difference(subclasses),
+        subclasses=subclasses,
+        kernels=table["device"] if by_hand and not (subclasses or backends) else (),
+        derivative="autograd" in written,
+        whole=backends or not written.isdisjoint({"device", "functionalize", "proxy", "inductor"}),
+    )
+
+
+_BUILTIN = {"fake": keys.FAKE, "proxy": keys.PROXY, "functionalize": keys.FUNCTIONALIZE}

@@ -1,0 +1,154 @@
+"""dynamo: ``rule(frame, op)``. What a rule gives, and what `Frame` holds, are Dynamo's variables, not values.
+
+Nothing records while the rule runs: `Frame` reads the subgraphs, and writes the node.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Protocol, cast
+
+import torch
+
+from hopkit import binding, layout
+from hopkit._torch import trees
+from hopkit._torch.autograd import needs_gradient
+from hopkit.codec import Slot
+from hopkit.errors import HopkitError
+from hopkit.layout import Meta, Slots
+from hopkit.probe import Graph, Unrecordable
+from hopkit.record import Recorder, Recording
+from hopkit.spec import Kind, OpSpec, Parameter
+
+if TYPE_CHECKING:
+    from torch.fx import GraphModule
+
+    from hopkit._torch.frame import Frame, Read, Variable
+    from hopkit._torch.operator import Operator
+
+__all__ = ["DynamoRule", "inline", "record"]
+
+
+class DynamoRule(Protocol):
+    """Puts a call that Dynamo reads into its graph, and gives its result."""
+
+    def __call__(self, frame: Frame, op: OpSpec, /) -> Variable: ...
+
+
+def inline(frame: Frame, op: OpSpec) -> Variable:  # noqa: ARG001 # a rule
+    """Let Dynamo read the body in the op's place: the op vanishes."""
+    return frame.inlined()
+
+
+def record(frame: Frame, op: OpSpec) -> Variable:
+    """Read every subgraph on what the body calls it with, and write one node.
+
+    Raises:
+        Unsupported: Dynamo cannot read a subgraph in one piece, or the body needs values. A graph break.
+    """
+    told = _Told(frame, op)
+    try:
+        values = _values(frame, op, told)
+        digest = cast("Operator", frame.target).digest()
+        recording = Recorder(op, values).record(digest)
+        if op.autograd == "deferred_error" and needs_gradient(recording.inputs) and not torch.compiler.is_exporting():
+            return frame.inlined()  # AOTAutograd would drop the error, and with it the gradient
+        return _write(frame, op, values, recording)
+    except Unrecordable as reason:
+        told.complain()
+        reason.report(op)
+    except (LookupError, NotImplementedError):
+        pass  # a size from elsewhere, or an option that Dynamo takes for no constant: read in place, they need no name
+    except HopkitError as error:
+        told.complain()
+        frame.refuse(f"op '{op.name}'", error)
+    return frame.inlined()
+
+
+class _Told:
+    """The first thing in a call's subgraphs that Dynamo could not read. The body must not swallow it."""
+
+    def __init__(self, frame: Frame, op: OpSpec) -> None:
+        self._frame, self._op = frame, op
+        self.failed: tuple[str, Exception] | None = None
+
+    def complain(self) -> None:
+        """Raise it, with the subgraph's name."""
+        if self.failed is not None:
+            name, error = self.failed
+            self._frame.unread(error, f"subgraph '{name}' of op '{self._op.name}'")
+
+
+class _Subgraph:
+    """Stands in for a subgraph while the body is rehearsed: Dynamo reads it, once for every signature."""
+
+    def __init__(self, frame: Frame, told: _Told, name: str, variable: Variable) -> None:
+        self._frame, self._told, self._name, self._variable = frame, told, name, variable
+        self._read: dict[tuple[object, ...], Read] = {}
+
+    def __call__(self, /, *args: object, **kwargs: object) -> object:
+        slots = Slots(unique=False)
+        takes = slots.split((args, kwargs))
+        key = (_signature(takes, slots.inputs), *map(_closely, slots.inputs), torch.is_grad_enabled())
+        if key not in self._read:
+            try:
+                self._read[key] = self._frame.read(self._name, self._variable, args, kwargs)
+            except Exception as error:
+                self._told.failed = self._told.failed or (self._name, error)
+                raise
+        return self._read[key](slots.inputs)
+
+    def close(self, graph: Graph, metas: Sequence[Meta]) -> GraphModule:
+        """The graph of one signature, with the inputs that the layout has for it."""
+        wanted = (repr(graph.takes), tuple(metas))
+        read = next(read for key, read in self._read.items() if key[0] == wanted)
+        return self._frame.close(read, graph.slots, graph.captured)
+
+
+def _signature(takes: object, inputs: Sequence[object]) -> object:
+    return repr(takes), tuple(map(Meta.of, inputs))
+
+
+def _closely(value: object) -> object:
+    """What else of an argument the code of a subgraph may ask for."""
+    return (repr(value.stride()), value.requires_grad) if isinstance(value, torch.Tensor) else None
+
+
+def _values(frame: Frame, op: OpSpec, told: _Told) -> dict[str, object]:
+    """What the body is rehearsed with, by parameter."""
+    given = binding.by_name(op, frame.args, frame.kwargs)
+    values = binding.checked(op, {p.name: _seen(frame, p, given[p.name]) for p in op.parameters})
+    for p in op.of_kind(Kind.SUBGRAPH):
+        values[p.name] = _Subgraph(frame, told, p.name, cast("Variable", given[p.name]))
+    for p in op.of_kind(Kind.SUBGRAPHS):
+        many = enumerate(frame.items(given[p.name]))
+        values[p.name] = tuple(_Subgraph(frame, told, f"{p.name}[{i}]", cast("Variable", v)) for i, v in many)
+    return values
+
+
+def _seen(frame: Frame, parameter: Parameter, given: object) -> object:
+    """What a parameter's variable stands for."""
+    if parameter.kind is Kind.OPERAND:
+        return frame.value(given)
+    if parameter.kind is Kind.OPTION:
+        return frame.option(given)
+    if parameter.kind is Kind.SUBGRAPHS:
+        return tuple(map(frame.callee, frame.items(given)))
+    return frame.callee(given)
+
+
+def _write(frame: Frame, op: OpSpec, values: Mapping[str, object], recording: Recording) -> Variable:
+    graphs: list[GraphModule] = []
+    names: dict[GraphModule, str] = {}
+    for p in op.of_kind(Kind.SUBGRAPH, Kind.SUBGRAPHS):
+        many = values[p.name] if p.kind is Kind.SUBGRAPHS else (values[p.name],)
+        for subgraph, variants in zip(
+            cast("Sequence[_Subgraph]", many), recording.layout.subgraphs[p.name], strict=True
+        ):
+            for variant in variants:
+                graphs.append(subgraph.close(recording.graphs[variant.graph], variant.metas))
+                names[graphs[-1]] = f"{op.name}_{p.name}"
+    keywords = {**recording.options, layout.KEYWORD: recording.layout.dumps()}
+    outputs = frame.emit(names, graphs, recording.inputs, keywords)
+    leaves, tree = trees.flatten(recording.result)
+    return frame.unflatten([outputs[leaf.index] if isinstance(leaf, Slot) else leaf for leaf in leaves], tree)
