@@ -197,7 +197,7 @@ class Call:
 
     @property
     def part(self) -> str:
-        """What part of the op a region of it is, "forward" or "backward"; "" for a call that is the op itself."""
+        """Which part of an op that trains this is, "forward" or "backward"; "" for a call of the op itself."""
         return self.layout.region if self.layout else ""
 
     def vjp(self, wrt: Sequence[int], given: Sequence[int], gradients: Sequence[object]) -> Call:

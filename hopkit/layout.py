@@ -134,8 +134,8 @@ class Layout:
         metas: What the inputs were when the op was recorded.
         outputs: Which leaves of the body's result the node returns.
         leaves: How many there are.
-        transforms: What was done to the body, innermost first: ``("vjp", wrt, given)``. In a region
-            ``("region", part)`` comes first: the one graph is "forward" or "backward" of the op, takes the inputs and gives the outputs.
+        transforms: What was done to the body, innermost first: ``("vjp", wrt, given)``. In a part of an op that
+            trains, ``("region", part)`` comes first: the one graph is the body, from the inputs to the outputs.
         digest: What the op was when it was recorded (hopkit/digest.py); "" where that cannot be told.
     """
 
@@ -164,7 +164,7 @@ class Layout:
 
     @property
     def region(self) -> str:
-        """What part of the op a region is, or ""."""
+        """Which part of an op that trains this is, "forward" or "backward"; "" for all others."""
         name, part = self.transforms[0][:2] if self.transforms else ("", "")
         return cast("str", part) if name == REGION else ""
 

@@ -446,12 +446,13 @@ def test_dynamic_sizes(name: str) -> None:
 def test_a_symbolic_number_for_an_operand() -> None:
     @hopkit.define("t_times")
     def times(body: Subgraph, x: Tensor, n: int | torch.SymInt) -> Tensor:
-        return body(x) * n
+        return cast("Tensor", body(x) * n)
 
     compiled, _ = ahead(lambda x, w: times(lambda y: (y @ w).sin(), x, x.shape[0] * 2), dynamic=True)
     for size in (3, 4, 5):
         inputs = leaves(torch.linspace(-1.0, 1.0, size * 4).reshape(size, 4), W)
-        same(trained(compiled)(*inputs), trained(lambda x, w: (x @ w).sin() * size * 2)(*inputs))
+        want = trained(lambda x, w, size=size: (x @ w).sin() * size * 2)(*inputs)
+        same(trained(compiled)(*inputs), want)
 
 
 # -- torch.compile, and checkpointing --------------------------------------------------------------------------------

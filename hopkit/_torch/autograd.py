@@ -130,6 +130,14 @@ def apply(step: Step, inputs: Sequence[object]) -> tuple[object, ...]:
     return cast("tuple[object, ...]", _Tape.apply(step, *inputs))  # type: ignore[no-untyped-call] # torch's own
 
 
+def computed(tensor: torch.Tensor) -> torch.Tensor:
+    """A leaf as if it had been computed: it may be written to, and a backward does not get past it."""
+    return _PAST_INPUTS(tensor)
+
+
+_PAST_INPUTS = torch._C._functions.DelayedError("a backward inside a subgraph goes on to what its inputs came from", 1)
+
+
 def raise_in_backward(op: str) -> Callable[[object], object]:
     """A function of an op's outputs: it replaces every floating-point tensor by one whose backward raises.
 

@@ -32,6 +32,7 @@ from torch.utils import _pytree as pytree
 from hopkit._torch import sizes, trees
 from hopkit._torch.fakes import left, run_in_mode, stand_in
 
+GraphBreak: TypeAlias = Unsupported
 Variable: TypeAlias = VariableTracker
 """What Dynamo knows of one of the user's values."""
 

@@ -35,7 +35,7 @@ class Joint:
     """What a function gives, and the gradients of its inputs, as one graph without mutation.
 
     Args:
-        graph: Takes the function's inputs, then gradients of its outputs; gives its outputs, then gradients of its inputs.
+        graph: Takes the function's inputs and gradients of its outputs; gives its outputs and gradients of its inputs.
         inputs: How many inputs the function has.
         outputs: How many outputs the function has.
         constant: The outputs that have no gradient.

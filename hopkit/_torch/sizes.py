@@ -25,7 +25,11 @@ Describe = Callable[[int], int | str]
 
 def number(value: object) -> str:
     """The type of a number, symbolic or not, or ""."""
-    kinds = {"bool": (bool, torch.SymBool), "int": (int, torch.SymInt), "float": (float, torch.SymFloat)}
+    kinds: dict[str, tuple[type, ...]] = {
+        "bool": (bool, torch.SymBool),
+        "int": (int, torch.SymInt),
+        "float": (float, torch.SymFloat),
+    }
     return next((name for name, kind in kinds.items() if isinstance(value, kind)), "")
 
 
@@ -39,7 +43,7 @@ def describe(size: int) -> int | str:
 
 def now(size: int) -> int | str:
     """As `describe`, with what symbols stand for where that is known."""
-    known = size.node.hint if isinstance(size, SYMBOLIC) else size
+    known = getattr(getattr(size, "node", None), "hint", None)
     return describe(size) if known is None else cast("int", known)
 
 

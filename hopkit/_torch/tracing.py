@@ -21,6 +21,7 @@ from torch.fx.experimental.proxy_tensor import (
 from torch.utils.checkpoint import CheckpointPolicy
 
 from hopkit._torch import fakes, trees
+from hopkit._torch.autograd import computed
 
 T = TypeVar("T")
 
@@ -49,7 +50,12 @@ class Tracer:
         if key not in known:
             # The symbols of sizes that nobody knows belong to the mode of the examples.
             mode = self._fake_mode or fakes.Stage(trees.leaves(examples)).mode
-            inputs = trees.map_only(torch.Tensor, lambda e: fakes.stand_in(e, mode), tuple(examples))
+
+            def stand_in(example: torch.Tensor) -> torch.Tensor:
+                fake = fakes.stand_in(example, mode)
+                return fake if example.is_leaf else computed(fake)
+
+            inputs = trees.map_only(torch.Tensor, stand_in, tuple(examples))
             inside = contextlib.nullcontext() if self._fake_mode else mode
             with inside, fakes.autograd_on(), fakes.unhooked(), torch.set_grad_enabled(gradients):
                 known[key] = self.register(name, reenter_make_fx(function)(*cast("tuple[object, ...]", inputs)))
