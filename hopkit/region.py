@@ -54,7 +54,7 @@ class Halves:
         piece: partition.Piece | None = self._cut.backward
         if any(i not in given or _told(given[i]) != _told(self._expected[i]) for i in wanted):
             # A gradient that is not there is none of zeros: times an infinite derivative that would be nan.
-            key, wanted = (*self._key, "backward", *given, *map(_told, given.values())), list(given)
+            key, wanted = (*self._key, *given, *map(_told, given.values())), list(given)
             piece = tracing.remembered(key, lambda: partition.again(self._cut, self._joint(given)))
         if piece is None:
             return None

@@ -67,15 +67,12 @@ def divisible(call: Call) -> bool:
 
 
 def unseen(call: Call) -> str:
-    """Why a recorded body, run again in backward, would give something else, or ""."""
-    return unrepeatable(call) or call.rehearsal.opaque
-
-
-def unrepeatable(call: Call) -> str:
-    """Why running the body again would give something else, or ""."""
+    """Why running the body again in backward would give something else, or ""."""
     if call.op.effectful:
         return "it has an effect"
-    return "it draws random numbers" if call.op.random or call.rehearsal.random else ""
+    if call.op.random or call.rehearsal.random:
+        return "it draws random numbers"
+    return call.rehearsal.opaque
 
 
 class Derived(Step):
@@ -135,10 +132,7 @@ class Divided(Derived):
 
     def _unchanged_inputs(self) -> tuple[object, ...]:
         inputs = self._call.inputs
-        # A second derivative is divided as well, and so traced from the body as it is written.
-        changed = unrepeatable(self._call) if torch.is_grad_enabled() else unseen(self._call)
-        if versions(inputs) != self._versions:
-            changed = "an input was written to since"
+        changed = "an input was written to since" if versions(inputs) != self._versions else unseen(self._call)
         if changed:
             raise AutogradError(
                 f"op '{self._call.op.name}'",
