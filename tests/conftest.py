@@ -1,1 +1,17 @@
-"""Nothing is shared here: helpers are imported (``tests.samples``), fixtures are those of hopkit's pytest plugin."""
+"""Helpers are imported (``tests.samples``), and fixtures are those of hopkit's pytest plugin; here is what has no name.
+
+Nothing that an earlier run compiled is taken from torch's caches: it was made by another hopkit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor")))
+        yield
