@@ -304,6 +304,9 @@ class Op(Generic[P, R]):
     def _read_call(self, frame: Frame) -> object:
         if self._load is not None:
             self._load()
+        frame.flat = layout.KEYWORD in frame.kwargs
+        if frame.flat:
+            self._compare(layout.loads(cast("str", frame.option(frame.kwargs[layout.KEYWORD]))))
         if self.spec.name in _vanished.get() or state.transforming():
             return frame.inlined()
         rules = [cast("Callable[..., object]", answer.rule) for answer in self.table["dynamo"]]
@@ -321,7 +324,7 @@ class Op(Generic[P, R]):
         call = self.decode(*args, **kwargs)
         if not (self._transparent and state.quiet()) and self._asked(call.inputs):
             return self._stamped(call)()
-        self._compare(call)
+        self._compare(call.layout)
         if self.spec.outline and inductor.compiling() and state.functionalizing():
             call = call.replace(graphs=[inductor.outlined(graph) for graph in call.graphs])
         result = self._in_place(call.like_body if rehearsing() else call.run, call.inputs)
@@ -330,12 +333,13 @@ class Op(Generic[P, R]):
     def _stamped(self, call: Call) -> Call:
         """``call`` as it would be recorded today: it is today's body that is compiled, and that caches must go by."""
         assert call.layout is not None
-        self._compare(call)
+        self._compare(call.layout)
         return call.replace(layout=dataclasses.replace(call.layout, digest=self.operator.digest()))
 
-    def _compare(self, call: Call) -> None:
+    def _compare(self, recorded_as: layout.Layout | None) -> None:
         """Warn where the author has written something else since a node was recorded."""
-        recorded = call.layout.digest if call.layout and not call.part else ""  # a part has what it computes in it
+        # A region has what it computes in it.
+        recorded = recorded_as.digest if recorded_as and not recorded_as.region else ""
         if recorded not in self._compared:
             self._compared.add(recorded)
             if other_body(recorded, self.operator.digest()):

@@ -43,6 +43,7 @@ class Read:
 
     Args:
         graph: What it read. Takes ``sizes``, then the tensors and symbols of the arguments, then ``captured``.
+        slots: How many arguments it takes.
         sizes: ``(position among the arguments, dimension)`` of sizes that only the op's body makes.
         captured: What the subgraph uses from outside, as Dynamo's stand-ins.
         gives: Its result's structure, and per leaf a constant in a tuple; None stands for the graph's next output.
@@ -50,6 +51,7 @@ class Read:
 
     graph: Graph
     run: Callable[..., Sequence[object]]
+    slots: int
     sizes: tuple[tuple[int, int], ...]
     captured: tuple[object, ...]
     gives: tuple[trees.Tree, tuple[tuple[object, ...] | None, ...]]
@@ -61,6 +63,11 @@ class Read:
         tree, leaves = self.gives
         return trees.unflatten([next(outputs) if leaf is None else leaf[0] for leaf in leaves], tree)
 
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """The captured tensors. The other captures are sizes, which tensors tell."""
+        return [value for value in self.captured if isinstance(value, torch.Tensor)]
+
 
 class Frame:
     """One call of an op in the code that Dynamo reads.
@@ -71,6 +78,8 @@ class Frame:
         args: The call's positional arguments.
         kwargs: Its keyword arguments.
     """
+
+    flat = False  # whether the call is a node of a graph that was recorded, and its arguments those of a node
 
     def __init__(
         self,
@@ -173,16 +182,16 @@ class Frame:
         gives = tuple((constant,) if is_constant else None for is_constant, constant in told)
         tree = cast("Variable", spec.treespec).as_python_constant()
         captured = tuple(proxy.node.meta["example_value"] for proxy in lifted)
-        return Read(graph, run, made, captured, (tree, gives))
+        return Read(graph, run, len(inputs), made, captured, (tree, gives))
 
-    def close(self, read: Read, slots: int, captured: Sequence[object]) -> GraphModule:
-        """What was read as a graph of the slots and of just these captured values, in this order.
+    def close(self, read: Read, captured: Sequence[object]) -> GraphModule:
+        """What was read as a graph of its arguments and of just these captured values, in this order.
 
         Raises:
             LookupError: It uses a size that is in neither.
         """
         old = read.graph.find_nodes(op="placeholder")
-        made, taken, lifted = _split(old, len(read.sizes), slots)
+        made, taken, lifted = _split(old, len(read.sizes), read.slots)
         graph, env = Graph(), {}
         for node in taken:
             env[node] = graph.node_copy(node)
@@ -281,7 +290,13 @@ class Frame:
             )
 
     def inlined(self) -> Variable:
-        """Says that the op's body is to be read in its place."""
+        """Says that the op's body is to be read in its place.
+
+        Raises:
+            Unsupported: The call is a node's, which has the body's arguments in another form.
+        """
+        if self.flat:
+            self.refuse("a node of a graph", NotImplementedError("It can be read as a node alone, under no transform."))
         return self._constant(NotImplemented)
 
     def _made(self, inputs: Sequence[object]) -> tuple[tuple[int, int], ...]:

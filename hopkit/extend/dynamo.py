@@ -5,6 +5,7 @@ Nothing records while the rule runs: `Frame` reads the subgraphs, and writes the
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol, cast
 
@@ -13,8 +14,9 @@ import torch
 from hopkit import binding, layout
 from hopkit._torch import trees
 from hopkit._torch.autograd import needs_gradient
+from hopkit.call import Call
 from hopkit.codec import Slot
-from hopkit.errors import HopkitError
+from hopkit.errors import CaptureError, HopkitError
 from hopkit.layout import Meta, Slots
 from hopkit.probe import Graph, Unrecordable
 from hopkit.record import Recorder, Recording
@@ -46,6 +48,8 @@ def record(frame: Frame, op: OpSpec) -> Variable:
     Raises:
         Unsupported: Dynamo cannot read a subgraph in one piece, or the body needs values. A graph break.
     """
+    if frame.flat:
+        return _record_node(frame, op)
     told = _Told(frame, op)
     try:
         values = _values(frame, op, told)
@@ -63,6 +67,55 @@ def record(frame: Frame, op: OpSpec) -> Variable:
         told.complain()
         frame.refuse(f"op '{op.name}'", error)
     return frame.inlined()
+
+
+def _record_node(frame: Frame, op: OpSpec) -> Variable:
+    """A node in code that was recorded or loaded: its graphs are read, and it is written anew."""
+    told = _Told(frame, op)
+    constants = {name: frame.option(value) for name, value in frame.kwargs.items()}
+    try:
+        known = layout.loads(cast("str", constants.pop(layout.KEYWORD)))
+        *graphs, inputs = frame.args
+        read = [_Subgraph(frame, told, str(number), graph) for number, graph in enumerate(graphs)]
+        target, values = cast("Operator", frame.target), tuple(trees.leaves(frame.value(inputs)))
+        call = Call(op, target, tuple(read), values, constants, dataclasses.replace(known, digest=target.digest()))
+        found = [subgraph.read(example, {}) for subgraph, example in zip(read, call.examples, strict=True)]
+        call = _widened(call, [graph.tensors for graph in found])
+        closed = [frame.close(graph, graph.tensors) for graph in found]
+        outputs = frame.emit(dict(zip(closed, call.graph_names(), strict=True)), closed, call.inputs, call.keywords)
+        return frame.unflatten(outputs, trees.flatten(tuple(outputs))[1])
+    except (HopkitError, LookupError, NotImplementedError) as error:
+        told.complain()
+        frame.refuse(f"a node of op '{op.name}'", error)
+
+
+def _widened(call: Call, held: Sequence[Sequence[torch.Tensor]]) -> Call:
+    """``call``, with the tensors that each graph holds itself among its captures: Dynamo makes inputs of them.
+
+    Raises:
+        CaptureError: It is a derivative, whose inputs go by their numbers.
+    """
+    assert call.layout is not None
+    known, inputs, captures = call.layout, list(call.inputs), list[tuple[int, ...]]()
+    for tensors in held:
+        captures.append(tuple(range(len(inputs), len(inputs) + len(tensors))))
+        inputs.extend(tensors)
+    if known.transforms and any(held):
+        raise CaptureError(
+            f"a derivative of op '{call.op.name}'",
+            "is a node whose graph holds a tensor of its own",
+            why="Dynamo makes it an input, and the inputs of a derivative go by their numbers",
+            todo="Compile the function that was recorded, in place of its graph",
+        )
+    subgraphs = {
+        name: tuple(
+            tuple(dataclasses.replace(v, captures=(*v.captures, *captures[v.graph])) for v in variants)
+            for variants in many
+        )
+        for name, many in known.subgraphs.items()
+    }
+    metas = (*known.metas, *map(Meta.of, inputs[len(call.inputs) :]))
+    return call.replace(inputs=inputs, layout=dataclasses.replace(known, subgraphs=subgraphs, metas=metas))
 
 
 class _Told:
@@ -88,6 +141,12 @@ class _Subgraph:
 
     def __call__(self, /, *args: object, **kwargs: object) -> object:
         slots = Slots(unique=False)
+        slots.split((args, kwargs))
+        return self.read(args, kwargs)(slots.inputs)
+
+    def read(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> Read:
+        """What Dynamo reads on these arguments."""
+        slots = Slots(unique=False)
         takes = slots.split((args, kwargs))
         key = (_signature(takes, slots.inputs), *map(_closely, slots.inputs), torch.is_grad_enabled())
         if key not in self._read:
@@ -96,13 +155,13 @@ class _Subgraph:
             except Exception as error:
                 self._told.failed = self._told.failed or (self._name, error)
                 raise
-        return self._read[key](slots.inputs)
+        return self._read[key]
 
     def close(self, graph: Graph, metas: Sequence[Meta]) -> GraphModule:
         """The graph of one signature, with the inputs that the layout has for it."""
         wanted = (repr(graph.takes), tuple(metas))
         read = next(read for key, read in self._read.items() if key[0] == wanted)
-        return self._frame.close(read, graph.slots, graph.captured)
+        return self._frame.close(read, graph.captured)
 
 
 def _signature(takes: object, inputs: Sequence[object]) -> object:

@@ -1,0 +1,146 @@
+"""torch.compile of a graph that holds nodes, recorded or loaded: each node is read, and is one node again."""
+
+from __future__ import annotations
+
+import io
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import hopkit
+from hopkit import HopkitWarning, Op, Subgraph
+from hopkit._torch.frame import GraphBreak
+from tests.recording import Function, define_once, define_twice, nodes, record, same, trained
+
+pytestmark = [
+    pytest.mark.usefixtures("hopkit_fresh"),
+    pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning"),  # torch 2.13, of its own pytrees
+]
+
+X = torch.linspace(-1.0, 1.0, 16).reshape(4, 4)
+W = torch.linspace(0.5, 1.5, 4)
+
+
+def compile(function: Any, *args: object, **settings: Any) -> tuple[Function, list[GraphModule]]:
+    """``function`` compiled, and the graphs that Dynamo made of it for these arguments."""
+    graphs: list[GraphModule] = []
+
+    def keep(graph: GraphModule, _: object) -> Function:
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    run: Function = torch.compile(function, **{"fullgraph": True, **settings}, backend=keep)
+    run(*args)
+    return run, graphs
+
+
+def define_tree() -> Op[..., Tensor]:
+    @hopkit.define("t_tree")
+    def tree(combine: Subgraph, x: Tensor) -> Tensor:
+        while x.shape[0] > 1:
+            x = combine(x[::2], x[1::2])
+        return x
+
+    return tree
+
+
+def define_branch() -> Op[..., Tensor]:
+    @hopkit.define("t_branch", inputs=lambda yes, no, x: ((x,), (x,)), outputs=lambda yes, no, x: yes(x))
+    def branch(yes: Subgraph, no: Subgraph, x: Tensor) -> Tensor:
+        return yes(x) if x.sum() > 0 else no(x)
+
+    return branch
+
+
+@pytest.mark.parametrize("mode", ["real", "symbolic"])
+@pytest.mark.parametrize("shape", ["twice", "tree", "branch", "literal", "nested"])
+def test_a_recorded_graph(shape: str, mode: Any) -> None:
+    twice, tree, branch = define_twice(), define_tree(), define_branch()
+    functions: dict[str, tuple[Op[..., Tensor], Function]] = {
+        "twice": (twice, lambda x, w: twice(lambda y: y * w, x, scale=2.0)),
+        "tree": (tree, lambda x, w: tree(lambda a, b: a * w + b, x)),
+        "branch": (branch, lambda x, w: branch(lambda y: y * w, lambda y: y - w, x)),
+        "literal": (twice, lambda x, w: twice(lambda y: y * w + torch.tensor([1.0, 2.0, 3.0, 4.0]), x)),
+        "nested": (twice, lambda x, w: twice(lambda y: twice(lambda z: z * w + y.shape[0], y), x)),
+    }
+    op, function = functions[shape]
+    graph = record(function, X, W, mode=mode)
+    run, (compiled,) = compile(graph, X, W)
+    assert nodes(compiled, op) == nodes(graph, op)
+    for x in (X, -X):
+        same(run(x, W), function(x, W))
+
+
+def test_the_graph_of_a_derivative() -> None:
+    twice = define_twice()
+
+    def slope(x: Tensor, w: Tensor) -> Tensor:
+        return torch.autograd.grad(twice(lambda y: y.sin() * w, x).sum(), x)[0]
+
+    x = X.clone().requires_grad_()
+    run, (compiled,) = compile(make_fx(slope)(x, W), x, W)
+    assert nodes(compiled, twice) == 2
+    same(run(x, W), slope(x, W))
+
+
+class Gate(torch.nn.Module):
+    """An op whose subgraph closes over a module."""
+
+    def __init__(self, twice: Op[..., Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.twice = twice
+        self.linear = torch.nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.twice(lambda y: torch.tanh(self.linear(y)), x)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_loaded_program_trains(strict: bool) -> None:
+    twice = define_twice()
+    model, file = Gate(twice), io.BytesIO()
+    torch.export.save(torch.export.export(model, (X,), strict=strict), file)
+    file.seek(0)
+    loaded = torch.export.load(file).module()
+    run, (compiled,) = compile(loaded, X)
+    assert nodes(compiled, twice) == 1
+    ahead = torch.compile(loaded, backend="aot_eager", fullgraph=True)
+    for trial in (run, ahead):
+        loaded.zero_grad()
+        model.zero_grad()
+        same(trained(trial)(X.clone().requires_grad_()), trained(model)(X.clone().requires_grad_()))
+        cast("Tensor", trial(X)).sum().backward()
+        model(X).sum().backward()
+        same([p.grad for p in loaded.parameters()], [p.grad for p in model.parameters()])
+
+
+def test_under_a_transform_the_graph_breaks() -> None:
+    twice = define_twice()
+    rows = torch.vmap(record(lambda x: twice(torch.sin, x), X[0]))
+    with pytest.raises(GraphBreak, match="a node of a graph"):
+        compile(rows, X)
+    run, _ = compile(rows, X, fullgraph=False)
+    same(run(X), X.sin().sin())
+
+
+def test_a_body_that_has_changed_warns() -> None:
+    graph = record(define_once_more(), X)
+
+    @hopkit.define("t_once", replace=True)
+    def again(body: Subgraph, *xs: Tensor) -> Tensor:
+        return body(*xs) * 5
+
+    with pytest.warns(HopkitWarning, match="'t_once' was recorded with another body"):
+        run, _ = compile(graph, X)
+    same(run(X), X.sin() * 5)
+
+
+def define_once_more() -> Function:
+    once = define_once()
+    return lambda x: once(torch.sin, x)
