@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Literal
 
 import torch
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from hopkit.testing.case import Case, Run
+from hopkit.testing.case import Callee, Case, Run
 from hopkit.testing.compare import Pair
 from hopkit.testing.values import values
 
@@ -30,3 +31,14 @@ def kept(case: Case, *graphs: torch.nn.Module) -> str:
     modules = [m for graph in graphs for m in graph.modules() if isinstance(m, GraphModule)]
     count = sum(node.target is case.op.operator for m in modules for node in m.graph.nodes)
     return f"kept, {count} node{'s' if count > 1 else ''}" if count else "decomposed"
+
+
+def compiled(case: Case, callee: Callee, **settings: object) -> Run:
+    """A call of ``callee`` compiled in one piece, with these settings of ``torch.compile``."""
+    torch.compiler.reset()
+
+    def entry(args: Iterable[object], kwargs: dict[str, object]) -> object:
+        return callee(*args, **kwargs)
+
+    run = torch.compile(entry, fullgraph=True, **settings)  # type: ignore[call-overload] # its own settings
+    return lambda *tensors: run(*case.arguments(tensors))

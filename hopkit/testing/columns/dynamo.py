@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 
-from hopkit.testing.case import Callee, Case, Group, Outcome, Run
+from hopkit.testing import graphs
+from hopkit.testing.case import Callee, Case, Group, Outcome
 from hopkit.testing.derivatives import derivatives
 from hopkit.testing.values import values
 
@@ -17,20 +16,10 @@ GROUP = Group("dynamo")
 def compiled(case: Case, callee: Callee) -> Outcome:
     """torch.compile, forward."""
     with torch.no_grad():
-        return Outcome(values(case, _compiled(case, callee)))
+        return Outcome(values(case, graphs.compiled(case, callee, backend="aot_eager")))
 
 
 @GROUP.column
 def compiled_grad(case: Case, callee: Callee) -> Outcome:
     """torch.compile, forward and backward."""
-    return Outcome(derivatives(case, _compiled(case, callee)))
-
-
-def _compiled(case: Case, callee: Callee) -> Run:
-    torch.compiler.reset()
-
-    def entry(args: Iterable[object], kwargs: dict[str, object]) -> object:
-        return callee(*args, **kwargs)
-
-    run = torch.compile(entry, backend="aot_eager", fullgraph=True)
-    return lambda *tensors: run(*case.arguments(tensors))
+    return Outcome(derivatives(case, graphs.compiled(case, callee, backend="aot_eager")))
