@@ -23,6 +23,7 @@ class Asking:
         kernels: Who answers a call that nothing records, differentiates or transforms. Empty where nothing is asked
             for, or where a rule for a subclass or a backend comes first.
         derivative: Whether one is written by hand. It sees the author's arguments.
+        transforms: The modes of the transforms of torch.func that a rule is written for.
         whole: Whether a kernel, or a way to record the op, is written by hand. It sees the op, and not a part of it.
     """
 
@@ -32,11 +33,12 @@ class Asking:
     kernels: tuple[Answer, ...] = ()
     derivative: bool = False
     whole: bool = False
+    transforms: frozenset[str] = frozenset()
 
     @property
     def quietly(self) -> bool:
         """Whether a call may be asked for that no mode, tracer or profiler sees."""
-        return self.always or bool(self.subclasses)
+        return self.always or bool(self.subclasses or self.transforms)
 
 
 def asking(table: Table, modes: Sequence[Mode]) -> Asking:
@@ -53,6 +55,7 @@ def asking(table: Table, modes: Sequence[Mode]) -> Asking:
         subclasses=subclasses,
         kernels=table["device"] if by_hand and not (subclasses or backends) else (),
         derivative="autograd" in written,
+        transforms=frozenset(written & {"vmap", "jvp"} | ({"grad"} if "autograd" in written else set())),
         whole=backends or not written.isdisjoint({"device", "functionalize", "proxy", "inductor"}),
     )
 

@@ -202,10 +202,20 @@ class Call:
 
     def vjp(self, wrt: Sequence[int], given: Sequence[int], gradients: Sequence[object]) -> Call:
         """The call that gives the gradients of the inputs ``wrt`` for the gradients of the outputs ``given``."""
+        return self._transformed((*self.inputs, *gradients), ("vjp", tuple(wrt), tuple(given)))
+
+    def vmap(self, inputs: Sequence[object], dims: Sequence[int | None], randomness: str) -> Call:
+        """The call on batches: input number i is batched in dimension ``dims[i]``, outputs in their first."""
+        return self._transformed(inputs, ("vmap", tuple(dims), randomness))
+
+    def jvp(self, inputs: Sequence[object], tangents: Mapping[int, torch.Tensor], given: Sequence[int]) -> Call:
+        """The call, and tangents of its outputs ``given``, for the tangents of these inputs, by number."""
+        return self._transformed([*inputs, *tangents.values()], ("jvp", tuple(tangents), tuple(given)))
+
+    def _transformed(self, inputs: Sequence[object], step: tuple[object, ...]) -> Call:
         assert self.layout is not None
-        step = ("vjp", tuple(wrt), tuple(given))
         layout = dataclasses.replace(self.layout, transforms=(*self.layout.transforms, step))
-        return self.replace(inputs=(*self.inputs, *gradients), layout=layout)
+        return self.replace(inputs=inputs, layout=layout)
 
     @property
     def examples(self) -> tuple[tuple[object, ...], ...]:
@@ -235,7 +245,7 @@ class Call:
 
         def probe(index: int) -> GraphLike:
             def graph(*inputs: object) -> object:
-                seen[index].append(inputs)
+                seen[index].append(tuple(map(stage.plain, inputs)))
                 function = self.graphs[index]
                 with Substitute(stand_in) as mode:
                     result = (function.plain if isinstance(function, Pure) else function)(*inputs)

@@ -144,6 +144,9 @@ def _rows(op: AnyOp, mode: Mode, plugins: Plugins) -> Iterator[Row]:
             first, *rest = chain
             kind: Kind = _kind(op.spec, mode, first)
             yield Row(name, kind, _whose(first), first.where, asked, _note(op.spec, kind, first, rest))
+        elif mode.default == "derived" and not mode.open:
+            kind = "decomposing" if op.spec.untransformed else "derived"
+            yield Row(name, kind, "", "", asked, mode.gives)
         else:
             yield Row(name, "missing" if mode.open else "decomposing", "", "", asked, "the body runs in the mode")
 
@@ -155,6 +158,8 @@ def _kind(spec: OpSpec, mode: Mode, answer: Answer) -> Kind:
         return "hand-written"
     if mode.name == "autograd" and spec.autograd != "derive":
         return "refusing"
+    if mode.name in ("vmap", "jvp") and spec.untransformed:
+        return "decomposing"
     return "decomposing" if mode.default == "decomposing" else "derived"
 
 

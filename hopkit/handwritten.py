@@ -8,8 +8,7 @@ from typing import Any, cast
 import torch
 
 from hopkit._torch import trees
-from hopkit._torch.autograd import Step, apply, below_autograd, needs_gradient
-from hopkit._torch.state import forward_mode
+from hopkit._torch.autograd import Step, apply, below_autograd, dual, needs_gradient
 from hopkit.call import Call
 from hopkit.codec import Slot
 from hopkit.errors import CaptureError, RuleError
@@ -18,7 +17,7 @@ from hopkit.layout import Slots, fill
 
 def hand_written(rule: Any, call: Call) -> object:
     """``call``, with the forward and backward that ``rule`` gives. The rule sees the author's own arguments."""
-    if forward_mode():
+    if dual(call.inputs):
         return call.run()
     if not needs_gradient(call.inputs):
         with below_autograd():

@@ -79,6 +79,24 @@ class Hooks:
         """
 
     @hookspec
+    def hopkit_vmap_rule(self, op: OpSpec) -> Rule | None:
+        """What ``op`` is under ``torch.vmap``.
+
+        Returns:
+            ``rule(info, in_dims, *args, **kwargs) -> (out, out_dims)``, a rule ``(batch, call)`` marked with
+            `hopkit.extend.vmap.on_call`, or None.
+        """
+
+    @hookspec
+    def hopkit_jvp_rule(self, op: OpSpec) -> Rule | None:
+        """What ``op`` is under ``torch.func.jvp``.
+
+        Returns:
+            ``rule(primals, tangents) -> (out, out_tangents)``, a rule ``(level, call)`` marked with
+            `hopkit.extend.jvp.on_call`, or None.
+        """
+
+    @hookspec
     def hopkit_functionalize_rule(self, op: OpSpec) -> Rule | None:
         """What ``op`` is without mutation.
 

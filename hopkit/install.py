@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, cast
 
 import torch
 
-from hopkit._torch import functional, inductor, keys, library, trees
+from hopkit._torch import functional, inductor, keys, levels, library, trees
+from hopkit._torch.autograd import level_is_off, needs_gradient, passed_on
 from hopkit._torch.fakes import FakeMode, autograd_on, bound, in_mode, run_in_mode
 from hopkit._torch.operator import DispatchMode, Kernel, Key
 from hopkit._torch.tracing import ProxyMode, Tracer
+from hopkit.authored import batched, pushed, takes_calls
 from hopkit.call import Call
-from hopkit.errors import RuleError
+from hopkit.errors import RuleError, no_gradient
 from hopkit.handwritten import hand_written
 from hopkit.rule import Answer, Decline, Place, Table, ask
 from hopkit.spec import OpSpec
@@ -129,7 +132,48 @@ def _fake(op: str, mode: Mode, answers: Sequence[Answer], decode: Decode) -> dic
 
 def _autograd(op: str, mode: Mode, answers: Sequence[Answer], decode: Decode) -> dict[Key, Kernel]:
     rules = [_on_calls(a.rule) for a in answers]
-    return {keys.AUTOGRAD: lambda *args, **kwargs: ask(op, mode.name, rules, decode(*args, **kwargs))}
+    policy = answers[0].place is Place.BUILTIN
+
+    def kernel(*args: object, **kwargs: object) -> object:
+        with level_is_off(False):
+            return ask(op, mode.name, rules, decode(*args, **kwargs))
+
+    def of_level(_: object, /, *args: object, **kwargs: object) -> object:
+        call = decode(*args, **kwargs)
+        if not needs_gradient(call.inputs):
+            return passed_on(lambda inputs: call.replace(inputs=inputs)(), call.inputs)
+        if policy and call.op.autograd == "error":
+            raise no_gradient(op)
+        # The body has a derivative in torch.func, whatever the policy; and so has a call without a layout.
+        if call.layout is None or (policy and call.op.autograd != "derive"):
+            return call.run()
+        return ask(op, mode.name, rules, call)
+
+    return {keys.AUTOGRAD: kernel, levels.GRAD: of_level}
+
+
+def _vmap(op: str, mode: Mode, answers: Sequence[Answer], decode: Decode) -> dict[Key, Kernel]:
+    rules = [_on_levels(a.rule, batched) for a in answers]
+
+    def kernel(interpreter: levels.VmapInterpreter, /, *args: object, **kwargs: object) -> object:
+        call = decode(*args, **kwargs)
+        return call.run() if call.layout is None else ask(op, mode.name, rules, levels.Batch(interpreter), call)
+
+    return {levels.VMAP: kernel}
+
+
+def _jvp(op: str, mode: Mode, answers: Sequence[Answer], decode: Decode) -> dict[Key, Kernel]:
+    rules = [_on_levels(a.rule, pushed) for a in answers]
+
+    def kernel(interpreter: levels.JvpInterpreter, /, *args: object, **kwargs: object) -> object:
+        call = decode(*args, **kwargs)
+        return call.run() if call.layout is None else ask(op, mode.name, rules, levels.Tangents(interpreter), call)
+
+    return {levels.JVP: kernel}
+
+
+def _on_levels(rule: object, adapt: Function) -> Function:
+    return cast("Function", rule if takes_calls(rule) else functools.partial(adapt, rule))
 
 
 def _on_calls(rule: object) -> Function:
@@ -177,6 +221,8 @@ _ADAPTERS = {
     "device": _device,
     "fake": _fake,
     "autograd": _autograd,
+    "vmap": _vmap,
+    "jvp": _jvp,
     "functionalize": _functionalize,
     "proxy": _proxy,
 }

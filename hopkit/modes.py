@@ -28,15 +28,15 @@ class Mode:
 
 BUILTIN = (
     Mode("dynamo", "torch.compile, strict export", "one node in Dynamo's graph per call"),
+    Mode("vmap", "TransformType.Vmap", "the op whose body is vmap(body)"),
+    Mode("jvp", "TransformType.Jvp", "the op whose body is jvp(body)"),
+    Mode("grad", "TransformType.Grad", "as autograd, in torch.func", open=False),
     Mode("autograd", "DispatchKey.Autograd", "first and second derivatives, captures included"),
     Mode("functionalize", "FunctionalTensorMode", "the op without mutation, its subgraphs made pure"),
     Mode("proxy", "ProxyTorchDispatchMode", "one node in the graph per call"),
     Mode("fake", "FakeTensorMode", "shapes, strides, dtypes and devices, without running a kernel"),
     Mode("inductor", "torch._inductor's lowering", "the code that Inductor writes"),
     Mode("device", "DispatchKey.CompositeExplicitAutograd", "the value"),
-    Mode("vmap", "TransformType.Vmap", "the body, batched", "decomposing", open=False),
-    Mode("jvp", "TransformType.Jvp, forward AD levels", "the body's tangent", "decomposing", open=False),
-    Mode("grad", "TransformType.Grad", "the body's derivative", "decomposing", open=False),
     Mode("user_mode", "TorchDispatchMode", "the inside of the op", "decomposing", open=False),
     Mode("subclass", "__torch_dispatch__", "the inside of the op", "decomposing", open=False),
 )

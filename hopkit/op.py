@@ -35,7 +35,9 @@ if TYPE_CHECKING:
     from hopkit.extend.dynamo import DynamoRule
     from hopkit.extend.functionalize import FunctionalizeRule
     from hopkit.extend.inductor import InductorRule
+    from hopkit.extend.jvp import JvpRule, TangentRule
     from hopkit.extend.proxy import ProxyRule
+    from hopkit.extend.vmap import BatchRule, VmapRule
     from hopkit.modes import Mode
 
 P = ParamSpec("P")
@@ -157,6 +159,10 @@ class Op(Generic[P, R]):
     @overload
     def rule(self, mode: Literal["inductor"]) -> Callable[[InductorRule], InductorRule]: ...
     @overload
+    def rule(self, mode: Literal["vmap"]) -> Callable[[VmapRule | BatchRule], VmapRule | BatchRule]: ...
+    @overload
+    def rule(self, mode: Literal["jvp"]) -> Callable[[JvpRule | TangentRule], JvpRule | TangentRule]: ...
+    @overload
     def rule(self, mode: Literal["dynamo"]) -> Callable[[DynamoRule], DynamoRule]: ...
     @overload
     def rule(self, mode: str) -> Callable[..., object]: ...
@@ -231,10 +237,12 @@ class Op(Generic[P, R]):
                 return False
             # A graph knows an operator by its name alone, which another op may have taken.
             return self.place.holds(self.operator) and not (
-                state.overridden() or any(state.foreign(leaf) for leaf in trees.leaves(operands))
+                state.overridden()
+                or any(state.foreign(leaf) for leaf in trees.leaves(operands))
+                or (self.spec.untransformed and state.transforming())
             )
-        if state.transforming() or state.forward_mode():
-            return False
+        if (transforms := state.transforms()) or state.forward_mode():
+            return not transforms.isdisjoint(self._asking.transforms)
         if self._asking.always or (self.spec.effectful and inductor.compiling() and state.functionalizing()):
             return True
         if self._declared(operands):
@@ -274,7 +282,8 @@ class Op(Generic[P, R]):
         return recording.restore(cast("Sequence[object]", outputs))
 
     def _plain(self, values: Mapping[str, object]) -> tuple[object, object, dict[str, object]] | None:
-        if self._asking.derivative:  # it sees the author's arguments, and so needs the layout
+        # Rules that see the author's arguments, and those that transform them, need the layout.
+        if self._asking.derivative or state.transforming():
             return None
         # The built-in proxy rule traces the graph anew; one of the op's own may keep what takes nested arguments.
         return plain_form(self.spec, values, nested=keys.PROXY in self._asking.modes)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from hopkit._torch import keys
+from hopkit.authored import takes_calls
 from hopkit.errors import PluginError, RuleConflictError
 from hopkit.manager import BUILTIN_PLUGINS, Impl, Plugins
 from hopkit.modes import Mode
@@ -22,6 +24,7 @@ _PASSED = {
     "autograd": "(call)",
     "functionalize": "(layer, call)",
     "proxy": "(tracer, call)",
+    "jvp": "(primals, tangents)",
     "inductor": "(call)",
 }
 """What the rules of the other built-in modes are called with."""
@@ -122,6 +125,10 @@ def check_rule(who: str, spec: OpSpec, mode: Mode, rule: object, device: str = "
         raise _wrong(who, f"{rule!r}, a {type(rule).__qualname__}", wanted)
     elif mode.name in BODY_MODES:
         _check_signature(who, wanted, rule, lambda: spec.check_signature(rule))
+    elif takes_calls(rule):
+        _check_signature(who, "a function that takes (level, call)", rule, lambda: inspect.signature(rule).bind(1, 2))
+    elif mode.name == "vmap":
+        _check_signature(who, wanted, rule, lambda: spec.check_signature(functools.partial(rule, None, None)))
     else:
         passed = expected(spec, mode).split(",")
         _check_signature(who, wanted, rule, lambda: inspect.signature(rule).bind(*passed))
@@ -129,6 +136,8 @@ def check_rule(who: str, spec: OpSpec, mode: Mode, rule: object, device: str = "
 
 def expected(spec: OpSpec, mode: Mode) -> str:
     """The signature of a rule of ``mode`` for ``spec``, as its author would write it."""
+    if mode.name == "vmap":
+        return f"(info, in_dims, {spec.shown().removeprefix('(')}"
     return spec.shown() if mode.name in BODY_MODES else _PASSED.get(mode.name, "(entry, call)")
 
 

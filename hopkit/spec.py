@@ -136,6 +136,11 @@ class OpSpec:
         why = "what is declared of an op steers every mode"
         return SpecError(f"op '{self.name}'", f"was declared with `{what}`: {found}", why=why, todo=todo)
 
+    @property
+    def untransformed(self) -> bool:
+        """Whether its body runs in a transform of torch.func as it stands: what is declared of it is not transformed."""
+        return self.outputs is not None or self.effectful or bool(self.mutates)
+
     def check_signature(self, function: Callable[..., object]) -> None:
         """Check that ``function`` can be called as the body is.
 

@@ -186,4 +186,31 @@ def _leaf(tensor: torch.Tensor) -> torch.Tensor:
     return (tensor.clone() if tensor.is_inference() else tensor.detach()).requires_grad_()
 
 
-TRANSFORMS: dict[str, Callable[..., Flat]] = {"vjp": vjp}
+def vmap(run: Flat, dims: tuple[int | None, ...], randomness: str) -> Flat:
+    """``run``, batched: input number i is batched in dimension ``dims[i]``, and outputs are in their first."""
+
+    def transformed(inputs: Sequence[object]) -> tuple[object, ...]:
+        batched = torch.vmap(lambda *values: run(values), in_dims=dims, randomness=randomness)
+        return cast("tuple[object, ...]", batched(*inputs))
+
+    return transformed
+
+
+def jvp(run: Flat, wrt: Sequence[int], given: Sequence[int]) -> Flat:
+    """``run`` and its derivative: tangents of the inputs ``wrt`` follow the inputs, those of outputs ``given`` them."""
+
+    def transformed(inputs: Sequence[object]) -> tuple[object, ...]:
+        primals, tangents = inputs[: -len(wrt)], inputs[-len(wrt) :]
+
+        def chosen(*sources: object) -> tuple[tuple[object, ...], tuple[object, ...]]:
+            changed = dict(zip(wrt, sources, strict=True))
+            outputs = run([changed.get(i, primal) for i, primal in enumerate(primals)])
+            return tuple(outputs[i] for i in given), outputs
+
+        _, found, outputs = torch.func.jvp(chosen, tuple(primals[i] for i in wrt), tuple(tangents), has_aux=True)
+        return (*outputs, *found)
+
+    return transformed
+
+
+TRANSFORMS: dict[str, Callable[..., Flat]] = {"vjp": vjp, "vmap": vmap, "jvp": jvp}

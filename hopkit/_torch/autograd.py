@@ -3,19 +3,43 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import functools
-from collections.abc import Callable, Container, Sequence
-from typing import Protocol, cast
+from collections.abc import Callable, Container, Iterator, Sequence
+from typing import NoReturn, Protocol, cast
 
 import torch
-from torch.autograd.function import FunctionCtx
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
+from torch.autograd.function import FunctionCtx, _SingleLevelFunction
 
-from hopkit._torch import trees
+from hopkit._torch import levels, trees
+
+_lowered: contextvars.ContextVar[bool] = contextvars.ContextVar("hopkit.lowered", default=False)
 
 
 def below_autograd() -> contextlib.AbstractContextManager[None]:
-    """Inside, operators enter torch's dispatcher under the autograd keys."""
+    """Inside, operators enter torch's dispatcher under the autograd keys; for torch.func, under the level at hand."""
+    if _lowered.get():
+        return contextlib.nullcontext()
     return cast("contextlib.AbstractContextManager[None]", torch._C._AutoDispatchBelowAutograd())
+
+
+@contextlib.contextmanager
+def level_is_off(below: bool) -> Iterator[None]:
+    """Inside, `below_autograd` has nothing to do (or, again, something): a level of torch.func is off already."""
+    token = _lowered.set(below)
+    try:
+        yield
+    finally:
+        _lowered.reset(token)
+
+
+def dual(values: Sequence[object]) -> bool:
+    """Whether one of these tensors has a tangent."""
+    return forward_ad._current_level >= 0 and any(
+        isinstance(value, torch.Tensor) and forward_ad.unpack_dual(value).tangent is not None for value in values
+    )
 
 
 def needs_gradient(values: Sequence[object]) -> bool:
@@ -73,7 +97,7 @@ class _Context(FunctionCtx):
     saved_tensors: tuple[torch.Tensor, ...]
 
 
-class _Tape(torch.autograd.Function):
+class _OnTape:
     @staticmethod
     def forward(ctx: _Context, step: Step, *inputs: object) -> tuple[object, ...]:
         outputs, saved = step.forward(inputs)
@@ -99,20 +123,54 @@ class _Tape(torch.autograd.Function):
         with torch.no_grad():
             found = ctx.step.backward(saved, gradients)
         inputs = unpacked[ctx.kept :]
-        return (None, *_Last.apply(len(found), *found, *inputs, *gradients))  # type: ignore[no-untyped-call] # torch's own
+        return (None, *apply(_Last(len(found)), [*found, *inputs, *gradients]))
 
 
-class _Last(torch.autograd.Function):
+class _Tape(_OnTape, torch.autograd.Function):
+    pass
+
+
+class _TapeOfLevel(_OnTape, _SingleLevelFunction):
+    """torch.func has a tape for each of its levels."""
+
+
+class _AtLevel:
+    """A step as a level of torch.func has it: what it does is done below."""
+
+    def __init__(self, step: Step, level: levels.Gradients) -> None:
+        self._step, self._level = step, level
+        self.constant, self.repeats, self.backward = step.constant, step.repeats, step.backward
+
+    def forward(self, inputs: tuple[object, ...]) -> tuple[tuple[object, ...], tuple[object, ...]]:
+        values = tuple(map(self._level.unwrap, inputs))
+        with self._level.lower(), level_is_off(True):
+            outputs, saved = self._step.forward(values)
+        wrapped = {id(value): (value, above) for value, above in zip(values, inputs, strict=True)}
+
+        def wrap(value: object) -> object:
+            if id(value) not in wrapped:
+                wrapped[id(value)] = (value, self._level.wrap(value))
+            return wrapped[id(value)][1]
+
+        return tuple(map(wrap, outputs)), tuple(map(wrap, saved))
+
+
+class _Last:
     """Tensors that depend on others in a way that nobody can differentiate. (torch's ``once_differentiable`` leaves the
     dependence out, so that a second derivative with another part is that part alone.)
     """
 
-    @staticmethod
-    def forward(_: FunctionCtx, count: int, *values: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        return tuple(value if value is None else value.detach() for value in values[:count])
+    constant = ()
+    repeats = True
 
-    @staticmethod
-    def backward(*_: object) -> object:
+    def __init__(self, count: int) -> None:
+        self._count = count
+
+    def forward(self, inputs: tuple[object, ...]) -> tuple[tuple[object, ...], tuple[object, ...]]:
+        first = inputs[: self._count]
+        return tuple(value.view_as(value) if isinstance(value, torch.Tensor) else value for value in first), ()
+
+    def backward(self, saved: tuple[object, ...], gradients: tuple[torch.Tensor | None, ...]) -> NoReturn:
         raise RuntimeError(
             "a hand-written backward cannot be differentiated: its forward saved what is neither an input nor an output"
         )
@@ -126,8 +184,22 @@ def _differentiated(values: Sequence[object]) -> list[torch.Tensor]:
 
 
 def apply(step: Step, inputs: Sequence[object]) -> tuple[object, ...]:
-    """Run ``step`` on the autograd tape."""
-    return cast("tuple[object, ...]", _Tape.apply(step, *inputs))  # type: ignore[no-untyped-call] # torch's own
+    """Run ``step`` on the autograd tape, that of the innermost transform if torch.func differentiates."""
+    level = levels.gradients()
+    if level is None:
+        return cast("tuple[object, ...]", _Tape.apply(step, *inputs))  # type: ignore[no-untyped-call] # torch's own
+    with enable_single_level_autograd_function():
+        return cast("tuple[object, ...]", _TapeOfLevel.apply(_AtLevel(step, level), *inputs))
+
+
+def passed_on(run: Callable[[Sequence[object]], object], inputs: Sequence[object]) -> object:
+    """What ``run`` gives below the innermost level of torch.func, which has no gradient to record."""
+    level = levels.gradients()
+    assert level is not None
+    values = tuple(map(level.unwrap, inputs))
+    with level.lower(), level_is_off(False):
+        outputs = run(values)
+    return trees.map_only(torch.Tensor, level.wrap, outputs)
 
 
 def computed(tensor: torch.Tensor) -> torch.Tensor:

@@ -75,6 +75,11 @@ class Stage:
         """A stand-in of the same size, stride, dtype, device and ``requires_grad``. Call it inside `open`."""
         return stand_in(tensor, self.mode)
 
+    def plain(self, value: object) -> object:
+        """A stand-in of one item, where ``value`` is what a transform of torch.func makes of many."""
+        wrapped = isinstance(value, torch.Tensor) and is_functorch_wrapped_tensor(value)
+        return self.fake(cast("torch.Tensor", value)) if wrapped else value
+
     def unknown(self, kind: str) -> int:
         """A number of this type that nobody knows."""
         return sizes.unknown(self._shapes, kind)

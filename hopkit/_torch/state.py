@@ -7,7 +7,7 @@ from typing import cast
 
 import torch
 from torch._C import DispatchKey
-from torch._C._functorch import TransformType
+from torch._C._functorch import TransformType, get_unwrapped, is_functorch_wrapped_tensor
 from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
@@ -44,13 +44,20 @@ def profiling() -> bool:
 
 
 def recording() -> bool:
-    """Whether something records a graph in which the op can be one node.
+    """Whether something records a graph in which the op can be one node."""
+    return get_proxy_mode() is not None
 
-    Under vmap, jvp and grad the body runs in place, and what records sees its inside.
-    """
-    return get_proxy_mode() is not None and all(
-        interpreter.key() == TransformType.Functionalize for interpreter in retrieve_all_functorch_interpreters()
+
+def transforms() -> frozenset[str]:
+    """The modes of the transforms of torch.func that are active, other than functionalize."""
+    return frozenset(
+        _TRANSFORMS[interpreter.key()]
+        for interpreter in retrieve_all_functorch_interpreters()
+        if interpreter.key() in _TRANSFORMS
     )
+
+
+_TRANSFORMS = {TransformType.Vmap: "vmap", TransformType.Jvp: "jvp", TransformType.Grad: "grad"}
 
 
 def takes_ops(mode: TorchDispatchMode) -> bool:
@@ -74,9 +81,7 @@ def forward_mode() -> bool:
 
 def transforming() -> bool:
     """Whether a transform of torch.func is active, other than functionalize."""
-    return any(
-        interpreter.key() != TransformType.Functionalize for interpreter in retrieve_all_functorch_interpreters()
-    )
+    return bool(transforms())
 
 
 def shapes_only(values: Iterable[object]) -> bool:
@@ -92,8 +97,8 @@ def functionalizing() -> bool:
 
 
 def recording_ahead() -> bool:
-    """Whether AOTAutograd records a graph. Where gradients are on, it is a graph that trains."""
-    return functionalizing() and get_proxy_mode() is not None
+    """Whether AOTAutograd records a graph, not inside a transform. Where gradients are on, it is a graph that trains."""
+    return functionalizing() and get_proxy_mode() is not None and not transforming()
 
 
 def tracked() -> Container[torch.Tensor]:
@@ -104,6 +109,8 @@ def tracked() -> Container[torch.Tensor]:
 
 def is_tracked(value: object) -> bool:
     """Whether the tensor came in through a tracer, and is no constant to it."""
+    while isinstance(value, torch.Tensor) and is_functorch_wrapped_tensor(value):
+        value = get_unwrapped(value)
     return isinstance(value, (FunctionalTensor, FakeTensor))
 
 

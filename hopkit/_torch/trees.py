@@ -77,3 +77,12 @@ def map_tensors(fn: Callable[[torch.Tensor], torch.Tensor], value: object) -> ob
 
 def _is_tuple_of_tensors(value: object) -> TypeGuard[tuple[torch.Tensor, ...]]:
     return type(value) is tuple and all(type(v) is torch.Tensor for v in value)
+
+
+def like(value: object, tree: Tree, kind: type) -> list[object]:
+    """The leaves of ``value`` beside those of ``tree``, each of ``kind`` or None; one alone counts for all."""
+    if value is None or isinstance(value, kind):
+        return [value] * tree.num_leaves
+    if tree.num_leaves == 0:
+        return []
+    return pytree.tree_leaves(value, is_leaf=lambda leaf: leaf is None)

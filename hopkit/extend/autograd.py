@@ -14,12 +14,13 @@ from hopkit._torch.autograd import (
     apply,
     below_autograd,
     differentiable,
+    dual,
     needs_gradient,
     raise_in_backward,
     versions,
 )
 from hopkit._torch.partition import OutsideError
-from hopkit._torch.state import forward_mode, recording_ahead
+from hopkit._torch.state import recording_ahead
 from hopkit.call import Call
 from hopkit.errors import no_gradient
 from hopkit.region import Halves
@@ -33,7 +34,7 @@ __all__ = [
     "apply",
     "below_autograd",
     "differentiable",
-    "forward_mode",
+    "dual",
     "needs_gradient",
     "no_gradient",
     "raise_in_backward",

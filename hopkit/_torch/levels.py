@@ -1,0 +1,136 @@
+"""torch.func's levels, as an op meets them (torch/_functorch/pyfunctorch.py, torch._C._functorch; 2.13, 2.14).
+
+If an interpreter is gone, the body runs in the transform, and no node is left.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TypeVar, cast
+
+import torch
+from torch._C import _functorch
+from torch._C._functorch import TransformType
+from torch._functorch.pyfunctorch import (
+    FuncTorchInterpreter,
+    GradInterpreter,
+    JvpInterpreter,
+    VmapInterpreter,
+    retrieve_all_functorch_interpreters,
+)
+from torch.autograd import forward_ad
+
+VMAP, JVP, GRAD = TransformType.Vmap, TransformType.Jvp, TransformType.Grad
+
+T = TypeVar("T")
+
+
+def top() -> FuncTorchInterpreter | None:
+    """The innermost active transform."""
+    interpreters = retrieve_all_functorch_interpreters()
+    return interpreters[-1] if interpreters else None
+
+
+def differentiating() -> bool:
+    """Whether a transform of torch.func that differentiates is active."""
+    return any(interpreter.key() in (GRAD, JVP) for interpreter in retrieve_all_functorch_interpreters())
+
+
+class Batch:
+    """The level of one ``vmap``.
+
+    Attributes:
+        batch_size: How many there are of every batched value.
+        randomness: "error", "same" or "different", as ``torch.vmap`` was told.
+    """
+
+    def __init__(self, interpreter: VmapInterpreter) -> None:
+        self._interpreter, self._level = interpreter, interpreter.level()
+        self.batch_size = interpreter.batch_size()
+        self.randomness = interpreter.randomness()
+
+    def lower(self) -> contextlib.AbstractContextManager[object]:
+        """Inside, this vmap is off."""
+        return self._interpreter.lower()
+
+    def unwrap(self, values: Sequence[object]) -> tuple[list[object], tuple[int | None, ...]]:
+        """Values below this level, and the dimension in which each is batched, or None."""
+        dims = tuple(_functorch.maybe_get_bdim(value) if self._batched(value) else None for value in values)
+        below = [
+            value if dim is None else _functorch.get_unwrapped(cast("torch.Tensor", value))
+            for value, dim in zip(values, dims, strict=True)
+        ]
+        return below, dims
+
+    def wrap(self, value: T, dim: int | None = 0) -> T:
+        """A value of this level, batched in dimension ``dim`` of the one below it."""
+        if dim is None or not isinstance(value, torch.Tensor):
+            return value
+        return cast("T", _functorch._add_batch_dim(value, dim, self._level))
+
+    def _batched(self, value: object) -> bool:
+        return isinstance(value, torch.Tensor) and (
+            _functorch.is_batchedtensor(value) and _functorch.maybe_get_level(value) == self._level
+        )
+
+
+class Tangents:
+    """The level of one ``jvp``."""
+
+    def __init__(self, interpreter: JvpInterpreter) -> None:
+        self._interpreter, self._level = interpreter, interpreter.level()
+
+    def lower(self) -> contextlib.AbstractContextManager[object]:
+        """Inside, this jvp is off."""
+        return self._interpreter.lower()
+
+    def unpack(self, values: Sequence[object]) -> tuple[list[object], dict[int, torch.Tensor]]:
+        """Values below this level, and the tangents of those that have one, by number."""
+        primals: list[object] = list(values)
+        tangents: dict[int, torch.Tensor] = {}
+        for i, value in enumerate(values):
+            if isinstance(value, torch.Tensor):
+                primal, tangent = forward_ad.unpack_dual(value)
+                primals[i] = _functorch._unwrap_for_grad(primal, self._level)
+                if tangent is not None:
+                    tangents[i] = _functorch._unwrap_for_grad(tangent, self._level)
+        return primals, tangents
+
+    def pack(self, values: Sequence[object], tangents: Mapping[int, torch.Tensor]) -> tuple[object, ...]:
+        """The inverse of `unpack`."""
+        packed = []
+        for i, value in enumerate(values):
+            if isinstance(value, torch.Tensor):
+                value = _functorch._wrap_for_grad(value, self._level)
+                if i in tangents:
+                    value = forward_ad.make_dual(value, _functorch._wrap_for_grad(tangents[i], self._level))
+            packed.append(value)
+        return tuple(packed)
+
+
+class Gradients:
+    """The level of one ``grad`` or ``vjp``."""
+
+    def __init__(self, interpreter: GradInterpreter) -> None:
+        self._interpreter, self._level = interpreter, interpreter.level()
+
+    @contextlib.contextmanager
+    def lower(self) -> Iterator[None]:
+        """Inside, this level is off, and those below it differentiate as they did around it."""
+        with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True), self._interpreter.lower():
+            yield
+
+    def unwrap(self, value: T) -> T:
+        """A value below this level."""
+        return cast("T", _functorch._unwrap_for_grad(value, self._level)) if isinstance(value, torch.Tensor) else value
+
+    def wrap(self, value: T) -> T:
+        """A value of this level, of which nothing is known here."""
+        return cast("T", _functorch._wrap_for_grad(value, self._level)) if isinstance(value, torch.Tensor) else value
+
+
+def gradients() -> Gradients | None:
+    """The innermost transform, if it is one that differentiates backwards."""
+    interpreter = top()
+    return Gradients(interpreter) if isinstance(interpreter, GradInterpreter) else None
