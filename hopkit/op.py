@@ -316,7 +316,7 @@ class Op(Generic[P, R]):
         frame.flat = layout.KEYWORD in frame.kwargs
         if frame.flat:
             self._compare(layout.loads(cast("str", frame.option(frame.kwargs[layout.KEYWORD]))))
-        if self.spec.name in _vanished.get() or state.transforming():
+        if self.spec.name in _vanished.get() or (self.spec.untransformed and state.transforming()):
             return frame.inlined()
         rules = [cast("Callable[..., object]", answer.rule) for answer in self.table["dynamo"]]
         return ask(self.spec.name, "dynamo", rules, frame, self.spec)

@@ -9,6 +9,7 @@ import torch
 
 from hopkit._torch import sizes, trees
 from hopkit._torch.fakes import autograd_on
+from hopkit._torch.levels import duals_shared
 from hopkit._torch.sizes import Equal
 from hopkit._torch.state import forward_mode, transforming
 from hopkit.errors import LayoutError, RuleError, SignatureError
@@ -207,7 +208,8 @@ def jvp(run: Flat, wrt: Sequence[int], given: Sequence[int]) -> Flat:
             outputs = run([changed.get(i, primal) for i, primal in enumerate(primals)])
             return tuple(outputs[i] for i in given), outputs
 
-        _, found, outputs = torch.func.jvp(chosen, tuple(primals[i] for i in wrt), tuple(tangents), has_aux=True)
+        with duals_shared():
+            _, found, outputs = torch.func.jvp(chosen, tuple(primals[i] for i in wrt), tuple(tangents), has_aux=True)
         return (*outputs, *found)
 
     return transformed

@@ -9,7 +9,7 @@ from typing import cast
 
 import torch
 from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
-from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack, temporarily_restore_interpreter_stack
 from torch._guards import detect_fake_mode
 from torch._higher_order_ops.utils import suspend_functionalization
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -23,6 +23,9 @@ from hopkit._torch.autograd import tied
 FakeMode = FakeTensorMode
 
 _rehearsing: contextvars.ContextVar[bool] = contextvars.ContextVar("hopkit.rehearsing", default=False)
+
+_levels: contextvars.ContextVar[Sequence[object]] = contextvars.ContextVar("hopkit.levels", default=())
+"""The levels of torch.func around the stage, which are off on it."""
 
 
 class Stage:
@@ -46,7 +49,7 @@ class Stage:
         """
         with (
             suspend_functionalization(),
-            temporarily_clear_interpreter_stack(),
+            temporarily_clear_interpreter_stack() as levels,
             _disable_current_modes(),
             _no_function_modes(),
             autograd_on(),
@@ -55,10 +58,11 @@ class Stage:
             self._shapes.ignore_fresh_unbacked_symbols(),
             self.mode,
         ):
-            token = _rehearsing.set(rehearsal)
+            token, level = _rehearsing.set(rehearsal), _levels.set(levels)
             try:
                 yield
             finally:
+                _levels.reset(level)
                 _rehearsing.reset(token)
 
     def owns(self, tensor: torch.Tensor) -> bool:
@@ -92,7 +96,7 @@ def left(mode: FakeTensorMode) -> Iterator[None]:
     shapes = mode.shape_env
     ignored = shapes._ignore_fresh_unbacked_symbols_set(False) if shapes else False
     try:
-        with _disable_current_modes(), _no_function_modes():
+        with _disable_current_modes(), _no_function_modes(), temporarily_restore_interpreter_stack(list(_levels.get())):
             yield
     finally:
         if shapes:

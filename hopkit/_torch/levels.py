@@ -12,6 +12,7 @@ from typing import TypeVar, cast
 import torch
 from torch._C import _functorch
 from torch._C._functorch import TransformType
+from torch._functorch import eager_transforms
 from torch._functorch.pyfunctorch import (
     FuncTorchInterpreter,
     GradInterpreter,
@@ -25,6 +26,9 @@ VMAP, JVP, GRAD = TransformType.Vmap, TransformType.Jvp, TransformType.Grad
 
 T = TypeVar("T")
 
+_DUAL = 0
+"""torch has one level of dual numbers, which all of torch.func's share. A graph enters it without telling Python."""
+
 
 def top() -> FuncTorchInterpreter | None:
     """The innermost active transform."""
@@ -35,6 +39,30 @@ def top() -> FuncTorchInterpreter | None:
 def differentiating() -> bool:
     """Whether a transform of torch.func that differentiates is active."""
     return any(interpreter.key() in (GRAD, JVP) for interpreter in retrieve_all_functorch_interpreters())
+
+
+@contextlib.contextmanager
+def duals_shared() -> Iterator[None]:
+    """Inside, ``torch.func.jvp`` takes part in the dual numbers of a graph that runs around it, as of one in Python."""
+    if forward_ad._current_level >= 0 or not _has_duals():
+        yield
+        return
+    forward_ad._current_level = _DUAL
+    eager_transforms.JVP_NESTING += 1
+    try:
+        yield
+    finally:
+        eager_transforms.JVP_NESTING -= 1
+        forward_ad._current_level = -1
+
+
+def _has_duals() -> bool:
+    try:
+        level = torch._C._enter_dual_level()
+    except RuntimeError:  # there is one, and there cannot be two
+        return True
+    torch._C._exit_dual_level(level=level)
+    return False
 
 
 class Batch:
@@ -91,7 +119,7 @@ class Tangents:
         tangents: dict[int, torch.Tensor] = {}
         for i, value in enumerate(values):
             if isinstance(value, torch.Tensor):
-                primal, tangent = forward_ad.unpack_dual(value)
+                primal, tangent = forward_ad.unpack_dual(value, level=_DUAL)
                 primals[i] = _functorch._unwrap_for_grad(primal, self._level)
                 if tangent is not None:
                     tangents[i] = _functorch._unwrap_for_grad(tangent, self._level)
@@ -104,7 +132,7 @@ class Tangents:
             if isinstance(value, torch.Tensor):
                 value = _functorch._wrap_for_grad(value, self._level)
                 if i in tangents:
-                    value = forward_ad.make_dual(value, _functorch._wrap_for_grad(tangents[i], self._level))
+                    value = forward_ad.make_dual(value, _functorch._wrap_for_grad(tangents[i], self._level), level=_DUAL)
             packed.append(value)
         return tuple(packed)
 
