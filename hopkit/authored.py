@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeVar, cast
+from typing import cast
 
 import torch
 
@@ -15,21 +15,7 @@ from hopkit.errors import RuleError
 from hopkit.rule import Decline
 from hopkit.spec import Kind
 
-F = TypeVar("F", bound=Callable[..., object])
 Rule = Callable[..., object]
-
-_MARK = "hopkit_on_call"
-
-
-def on_call(rule: F) -> F:
-    """Mark a rule that takes ``(level, call)``, whatever the op: it sees the flat call, and captures among its inputs."""
-    vars(rule)[_MARK] = True
-    return rule
-
-
-def takes_calls(rule: object) -> bool:
-    """Whether a rule was marked with `on_call`."""
-    return bool(getattr(rule, _MARK, False))
 
 
 def batched(rule: Rule, batch: Batch, call: Call) -> object:
@@ -42,7 +28,7 @@ def batched(rule: Rule, batch: Batch, call: Call) -> object:
         out, out_dims = _pair(call, "vmap", rule(batch, in_dims, *args, **kwargs))
         leaves, tree = trees.flatten(out)
         given = trees.like(out_dims, tree, int)
-        return _chosen(call, "vmap", [batch.wrap(leaf, dim) for leaf, dim in zip(leaves, given, strict=True)])
+        return _chosen(call, "vmap", list(map(batch.wrap, leaves, cast("list[int | None]", given))))
 
 
 def pushed(rule: Rule, level: Tangents, call: Call) -> object:
@@ -109,5 +95,8 @@ def _chosen(call: Call, mode: str, leaves: Sequence[object]) -> tuple[object, ..
 
 def _wrong(call: Call, mode: str, found: str, todo: str) -> RuleError:
     return RuleError(
-        f"the {mode} rule of op '{call.op.name}'", found, why="the op's result is put together from it", todo=f"Let it {todo}"
+        f"the {mode} rule of op '{call.op.name}'",
+        found,
+        why="the op's result is put together from it",
+        todo=f"Let it {todo}",
     )

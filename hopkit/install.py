@@ -13,11 +13,11 @@ from hopkit._torch.autograd import level_is_off, needs_gradient, passed_on
 from hopkit._torch.fakes import FakeMode, autograd_on, bound, in_mode, run_in_mode
 from hopkit._torch.operator import DispatchMode, Kernel, Key
 from hopkit._torch.tracing import ProxyMode, Tracer
-from hopkit.authored import batched, pushed, takes_calls
+from hopkit.authored import batched, pushed
 from hopkit.call import Call
 from hopkit.errors import RuleError, no_gradient
 from hopkit.handwritten import hand_written
-from hopkit.rule import Answer, Decline, Place, Table, ask
+from hopkit.rule import Answer, Decline, Place, Table, ask, takes_calls
 from hopkit.spec import OpSpec
 
 if TYPE_CHECKING:

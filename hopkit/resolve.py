@@ -9,11 +9,10 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from hopkit._torch import keys
-from hopkit.authored import takes_calls
 from hopkit.errors import PluginError, RuleConflictError
 from hopkit.manager import BUILTIN_PLUGINS, Impl, Plugins
 from hopkit.modes import Mode
-from hopkit.rule import Answer, Place, Table
+from hopkit.rule import Answer, Place, Table, takes_calls
 from hopkit.spec import OpSpec
 
 BODY_MODES = ("device", "fake")

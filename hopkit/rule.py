@@ -6,7 +6,7 @@ import dataclasses
 import enum
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 from hopkit.errors import RuleError
 
@@ -69,6 +69,22 @@ def source(rule: object) -> str:
         return f"{inspect.getsourcefile(target)}:{inspect.getsourcelines(target)[1]}"
     except (TypeError, OSError):
         return ""
+
+
+F = TypeVar("F", bound=Callable[..., object])
+
+_MARK = "hopkit_on_call"
+
+
+def on_call(rule: F) -> F:
+    """Mark a rule that takes ``(level, call)``, whatever the op: the flat call, with captures among its inputs."""
+    vars(rule)[_MARK] = True
+    return rule
+
+
+def takes_calls(rule: object) -> bool:
+    """Whether a rule was marked with `on_call`."""
+    return bool(getattr(rule, _MARK, False))
 
 
 Table = Mapping[str, tuple[Answer, ...]]

@@ -138,7 +138,7 @@ class OpSpec:
 
     @property
     def untransformed(self) -> bool:
-        """Whether its body runs in a transform of torch.func as it stands: what is declared of it is not transformed."""
+        """Whether a transform of torch.func runs its body as it stands: what is declared of it has no transform."""
         return self.outputs is not None or self.effectful or bool(self.mutates)
 
     def check_signature(self, function: Callable[..., object]) -> None:

@@ -192,7 +192,7 @@ def vmap(run: Flat, dims: tuple[int | None, ...], randomness: str) -> Flat:
 
     def transformed(inputs: Sequence[object]) -> tuple[object, ...]:
         batched = torch.vmap(lambda *values: run(values), in_dims=dims, randomness=randomness)
-        return cast("tuple[object, ...]", batched(*inputs))
+        return batched(*inputs)
 
     return transformed
 
@@ -209,8 +209,8 @@ def jvp(run: Flat, wrt: Sequence[int], given: Sequence[int]) -> Flat:
             return tuple(outputs[i] for i in given), outputs
 
         with duals_shared():
-            _, found, outputs = torch.func.jvp(chosen, tuple(primals[i] for i in wrt), tuple(tangents), has_aux=True)
-        return (*outputs, *found)
+            _, found, *outputs = torch.func.jvp(chosen, tuple(primals[i] for i in wrt), tuple(tangents), has_aux=True)
+        return (*cast("tuple[object, ...]", outputs[0]), *cast("tuple[object, ...]", found))
 
     return transformed
 

@@ -49,13 +49,17 @@ class Doubling:
         return doubled
 
 
-@pytest.mark.parametrize("mode", ["dynamo", "autograd", "functionalize", "proxy", "fake", "device"])
+@pytest.mark.parametrize("mode", ["dynamo", "vmap", "jvp", "autograd", "functionalize", "proxy", "fake", "device"])
 def test_every_rule_follows_from_the_body(mode: str) -> None:
     found = row(define_once(), mode)
     assert (found.kind, found.plugin, found.asked) == ("derived", f"hopkit.rules.{mode}", (f"hopkit.rules.{mode}",))
 
 
-@pytest.mark.parametrize("mode", ["vmap", "jvp", "grad", "user_mode", "subclass"])
+def test_torch_func_differentiates_as_autograd_does() -> None:
+    assert row(define_once(), "grad").kind == "derived"
+
+
+@pytest.mark.parametrize("mode", ["user_mode", "subclass"])
 def test_the_body_runs_in_a_mode_that_takes_no_rules(mode: str) -> None:
     assert row(define_once(), mode).kind == "decomposing"
 

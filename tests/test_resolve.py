@@ -337,5 +337,5 @@ def test_a_mode_that_nobody_knows_is_refused(op: Apply) -> None:
 
 
 def test_a_mode_in_which_the_body_runs_takes_no_rule(op: Apply) -> None:
-    with pytest.raises(PluginError, match="mode 'vmap', in which its body runs"):
-        op.rule("vmap")(lambda body, x: x)
+    with pytest.raises(PluginError, match="mode 'subclass', in which its body runs"):
+        op.rule("subclass")(lambda body, x: x)

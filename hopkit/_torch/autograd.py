@@ -9,7 +9,7 @@ from collections.abc import Callable, Container, Iterator, Sequence
 from typing import NoReturn, Protocol, cast
 
 import torch
-from torch._functorch.utils import enable_single_level_autograd_function
+from torch._functorch.utils import enable_single_level_autograd_function, unwrap_dead_wrappers
 from torch.autograd import forward_ad
 from torch.autograd.function import FunctionCtx, _SingleLevelFunction
 
@@ -114,16 +114,26 @@ class _OnTape:
 
     @staticmethod
     def backward(ctx: _Context, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        unpacked = ctx.saved_tensors  # once: checkpointing computes them when they are asked for
+        # Once: checkpointing computes them when they are asked for. A level of torch.func may be over by now.
+        unpacked = unwrap_dead_wrappers(ctx.saved_tensors)
         tensors = iter(unpacked[: ctx.kept])
         saved = tuple(ctx.numbers[i] if i in ctx.numbers else next(tensors) for i in range(ctx.kept + len(ctx.numbers)))
         if not (ctx.computed and torch.is_grad_enabled()):
             return (None, *ctx.step.backward(saved, gradients))
         # What a rule computed and saved has no history: a second derivative through it would be wrong without a word.
+        behind: list[object] = [*unpacked[ctx.kept :], *gradients]
+        if levels.gradients() is not None:  # the other levels have one
+            found = ctx.step.backward(saved, gradients)
+            return (None, *cast("tuple[torch.Tensor, ...]", apply(_Last(len(found)), [*found, *behind])))
         with torch.no_grad():
             found = ctx.step.backward(saved, gradients)
-        inputs = unpacked[ctx.kept :]
-        return (None, *apply(_Last(len(found)), [*found, *inputs, *gradients]))
+        if levels.top() is None:
+            return (None, *cast("tuple[torch.Tensor, ...]", apply(_Last(len(found)), [*found, *behind])))
+        if levels.differentiating() or any(
+            isinstance(v, torch.Tensor) and levels.base(v).requires_grad for v in behind
+        ):
+            raise RuntimeError(_NOT_TWICE)
+        return (None, *found)
 
 
 class _Tape(_OnTape, torch.autograd.Function):
@@ -155,13 +165,10 @@ class _AtLevel:
         return tuple(map(wrap, outputs)), tuple(map(wrap, saved))
 
 
-class _Last:
+class _Last(Step):
     """Tensors that depend on others in a way that nobody can differentiate. (torch's ``once_differentiable`` leaves the
     dependence out, so that a second derivative with another part is that part alone.)
     """
-
-    constant = ()
-    repeats = True
 
     def __init__(self, count: int) -> None:
         self._count = count
@@ -170,10 +177,13 @@ class _Last:
         first = inputs[: self._count]
         return tuple(value.view_as(value) if isinstance(value, torch.Tensor) else value for value in first), ()
 
-    def backward(self, saved: tuple[object, ...], gradients: tuple[torch.Tensor | None, ...]) -> NoReturn:
-        raise RuntimeError(
-            "a hand-written backward cannot be differentiated: its forward saved what is neither an input nor an output"
-        )
+    def backward(self, *_: object) -> NoReturn:
+        raise RuntimeError(_NOT_TWICE)
+
+
+_NOT_TWICE = (
+    "a hand-written backward cannot be differentiated: its forward saved what is neither an input nor an output"
+)
 
 
 _NUMBERS = (bool, int, float, complex, torch.SymInt, torch.SymFloat, torch.SymBool)
@@ -189,7 +199,8 @@ def apply(step: Step, inputs: Sequence[object]) -> tuple[object, ...]:
     if level is None:
         return cast("tuple[object, ...]", _Tape.apply(step, *inputs))  # type: ignore[no-untyped-call] # torch's own
     with enable_single_level_autograd_function():
-        return cast("tuple[object, ...]", _TapeOfLevel.apply(_AtLevel(step, level), *inputs))
+        tape = cast("type[torch.autograd.Function]", _TapeOfLevel)  # for its types: it has the same methods
+        return cast("tuple[object, ...]", tape.apply(_AtLevel(step, level), *inputs))
 
 
 def passed_on(run: Callable[[Sequence[object]], object], inputs: Sequence[object]) -> object:

@@ -16,10 +16,10 @@ from torch._functorch import eager_transforms
 from torch._functorch.pyfunctorch import (
     FuncTorchInterpreter,
     GradInterpreter,
-    JvpInterpreter,
-    VmapInterpreter,
     retrieve_all_functorch_interpreters,
 )
+from torch._functorch.pyfunctorch import JvpInterpreter as JvpInterpreter
+from torch._functorch.pyfunctorch import VmapInterpreter as VmapInterpreter
 from torch.autograd import forward_ad
 
 VMAP, JVP, GRAD = TransformType.Vmap, TransformType.Jvp, TransformType.Grad
@@ -34,6 +34,13 @@ def top() -> FuncTorchInterpreter | None:
     """The innermost active transform."""
     interpreters = retrieve_all_functorch_interpreters()
     return interpreters[-1] if interpreters else None
+
+
+def base(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor that is no level's."""
+    while _functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = _functorch.get_unwrapped(tensor)
+    return tensor
 
 
 def differentiating() -> bool:
@@ -84,12 +91,11 @@ class Batch:
 
     def unwrap(self, values: Sequence[object]) -> tuple[list[object], tuple[int | None, ...]]:
         """Values below this level, and the dimension in which each is batched, or None."""
-        dims = tuple(_functorch.maybe_get_bdim(value) if self._batched(value) else None for value in values)
-        below = [
-            value if dim is None else _functorch.get_unwrapped(cast("torch.Tensor", value))
-            for value, dim in zip(values, dims, strict=True)
-        ]
-        return below, dims
+        below, dims = list(values), list[int | None]([None] * len(values))
+        for i, value in enumerate(values):
+            if isinstance(value, torch.Tensor) and self._batched(value):
+                below[i], dims[i] = _functorch.get_unwrapped(value), _functorch.maybe_get_bdim(value)
+        return below, tuple(dims)
 
     def wrap(self, value: T, dim: int | None = 0) -> T:
         """A value of this level, batched in dimension ``dim`` of the one below it."""
@@ -97,10 +103,8 @@ class Batch:
             return value
         return cast("T", _functorch._add_batch_dim(value, dim, self._level))
 
-    def _batched(self, value: object) -> bool:
-        return isinstance(value, torch.Tensor) and (
-            _functorch.is_batchedtensor(value) and _functorch.maybe_get_level(value) == self._level
-        )
+    def _batched(self, value: torch.Tensor) -> bool:
+        return _functorch.is_batchedtensor(value) and _functorch.maybe_get_level(value) == self._level
 
 
 class Tangents:
@@ -132,7 +136,9 @@ class Tangents:
             if isinstance(value, torch.Tensor):
                 value = _functorch._wrap_for_grad(value, self._level)
                 if i in tangents:
-                    value = forward_ad.make_dual(value, _functorch._wrap_for_grad(tangents[i], self._level), level=_DUAL)
+                    value = forward_ad.make_dual(
+                        value, _functorch._wrap_for_grad(tangents[i], self._level), level=_DUAL
+                    )
             packed.append(value)
         return tuple(packed)
 

@@ -97,7 +97,7 @@ def functionalizing() -> bool:
 
 
 def recording_ahead() -> bool:
-    """Whether AOTAutograd records a graph, not inside a transform. Where gradients are on, it is a graph that trains."""
+    """Whether AOTAutograd records a graph, under no transform. Where gradients are on, it is a graph that trains."""
     return functionalizing() and get_proxy_mode() is not None and not transforming()
 
 

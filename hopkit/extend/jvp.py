@@ -9,10 +9,10 @@ from typing import Any, Protocol
 
 from hopkit._torch.autograd import differentiable
 from hopkit._torch.levels import Tangents
-from hopkit.authored import on_call
 from hopkit.call import Call
+from hopkit.rule import on_call
 
-__all__ = ["JvpRule", "Tangents", "TangentRule", "differentiable", "on_call"]
+__all__ = ["JvpRule", "TangentRule", "Tangents", "differentiable", "on_call"]
 
 
 class TangentRule(Protocol):

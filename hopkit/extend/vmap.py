@@ -8,8 +8,8 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 from hopkit._torch.levels import Batch
-from hopkit.authored import on_call
 from hopkit.call import Call
+from hopkit.rule import on_call
 
 __all__ = ["Batch", "BatchRule", "VmapRule", "on_call"]
 

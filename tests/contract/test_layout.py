@@ -21,7 +21,7 @@ LAYERS = [
     ["digest", "manager", "probe", "transform"],
     ["installed", "record"],
     ["call", "live", "resolve"],
-    ["region"],
+    ["authored", "region"],
     ["extend", "handwritten"],
     ["install", "rules"],
     ["op"],
