@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 
@@ -20,7 +20,7 @@ from hopkit._torch.sizes import Equal
 from hopkit.codec import Dim, Slot
 from hopkit.errors import LayoutError
 
-VERSION = 2
+VERSION = 3
 KEYWORD = "hopkit"
 REGION = "region"
 
@@ -137,6 +137,7 @@ class Layout:
         transforms: What was done to the body, innermost first: ``("vjp", wrt, given)``. In a part of an op that
             trains, ``("region", part)`` comes first: the one graph is the body, from the inputs to the outputs.
         digest: What the op was when it was recorded (hopkit/digest.py); "" where that cannot be told.
+        origin: Where the op came from: its module, and its distribution (hopkit/origin.py).
     """
 
     values: Mapping[str, object]
@@ -146,6 +147,7 @@ class Layout:
     leaves: int
     transforms: tuple[tuple[object, ...], ...] = ()
     digest: str = ""
+    origin: tuple[str, str] = ("", "")
 
     def dumps(self) -> str:
         """The text for the node's ``hopkit=`` keyword."""
@@ -159,8 +161,13 @@ class Layout:
                 self.leaves,
                 self.transforms,
                 self.digest,
+                self.origin,
             )
         )
+
+    def variants(self) -> list[Variant]:
+        """Every variant of every subgraph."""
+        return [v for many in self.subgraphs.values() for variants in many for v in variants]
 
     @property
     def region(self) -> str:
@@ -215,8 +222,8 @@ def _layout_in(data: object) -> Layout:
             why="a node that is read wrongly would compute something else",
             todo="Record the graph again, or install the hopkit that made it",
         )
-    values, subgraphs, metas, outputs, leaves, transforms, digest = rest
-    return Layout(
+    values, subgraphs, metas, outputs, leaves, transforms, digest, origin = rest
+    read = Layout(
         cast("dict[str, object]", values),
         {
             name: tuple(tuple(map(_variant_in, variants)) for variants in many)
@@ -227,6 +234,46 @@ def _layout_in(data: object) -> Layout:
         cast("int", leaves),
         cast("tuple[tuple[object, ...], ...]", transforms),
         cast("str", digest),
+        cast("tuple[str, str]", origin),
+    )
+    if not _sound(read):
+        raise ValueError("it holds what no layout holds")
+    return read
+
+
+def _sound(layout: Any) -> bool:
+    """Whether every part is of its type: a damaged text may still be one that JSON reads."""
+    metas = [*layout.metas, *(meta for v in layout.variants() for meta in v.metas)]
+    names = (*layout.values, *layout.subgraphs, layout.digest, *layout.origin)
+    numbers = [layout.outputs, (layout.leaves,), tuple(_slots(dict(layout.values)))]
+    for v in layout.variants():
+        numbers += [(v.graph, *_slots(v.takes), *_slots(v.gives)), v.captures]
+    return (
+        len(layout.origin) == 2
+        and all(isinstance(name, str) for name in names)
+        and all(isinstance(many, tuple) and all(type(n) is int and n >= 0 for n in many) for many in numbers)
+        and all(isinstance(m.dtype, (torch.dtype, type(None))) and isinstance(m.device, str) for m in metas)
+        and all(isinstance(m.shape, tuple) and all(type(d) in (int, str) for d in m.shape) for m in metas)
+        and all(isinstance(step, tuple) and step and isinstance(step[0], str) for step in layout.transforms)
+    )
+
+
+def _slots(value: object) -> list[int]:
+    return [leaf.index for leaf in trees.leaves(value) if isinstance(leaf, Slot)]
+
+
+def suits(layout: Layout, graphs: int, inputs: int) -> bool:
+    """Whether a node with this many graphs and inputs can have this layout."""
+    if layout.region:
+        return graphs == 1
+    variants = layout.variants()
+    used = {*_slots(dict(layout.values)), *(i for v in variants for i in v.captures)}
+    return (
+        {v.graph for v in variants} == set(range(graphs))
+        and (len(layout.metas) == inputs or bool(layout.transforms))
+        and all(i < len(layout.metas) for i in used)
+        and all(sorted(_slots(v.takes)) == list(range(len(v.metas))) for v in variants)
+        and all(i < layout.leaves for i in layout.outputs)
     )
 
 

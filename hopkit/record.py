@@ -23,6 +23,7 @@ from hopkit._torch.watch import Substitute, Watch, wiring
 from hopkit.codec import Slot
 from hopkit.errors import CallError, CaptureError, DataDependentError, HopkitError, LayoutError, SubgraphError
 from hopkit.layout import KEYWORD, Layout, Meta, Slots, Variant, fill, parameter_of
+from hopkit.origin import origin
 from hopkit.probe import Graph, Probe, Unrecordable, Unrehearsable, identity, variable_name
 from hopkit.spec import Kind, OpSpec
 
@@ -232,7 +233,9 @@ class Recorder:
                 many.append(told)
             variants[name] = tuple(many)
         metas = tuple(map(Meta.of, self.inputs))
-        layout = Layout(self._values, variants, metas, tuple(kept), len(leaves), digest=digest)
+        layout = Layout(
+            self._values, variants, metas, tuple(kept), len(leaves), digest=digest, origin=origin(self.spec.body)
+        )
         return Recording(tuple(graphs), tuple(self.inputs), self._options, layout, trees.unflatten(restored, tree))
 
     def _check_writable(self, name: str, value: object) -> None:

@@ -1,0 +1,49 @@
+"""What is looked at before torch reads a saved program: whether its ops are here, and take its nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from hopkit import layout, transform
+from hopkit._torch import namespace
+from hopkit._torch.serde import SavedNode
+from hopkit.errors import LayoutError, UnknownOpError
+from hopkit.layout import Layout
+from hopkit.origin import how_to_get
+from hopkit.spec import OpSpec
+
+
+def check(node: SavedNode, ops: Mapping[str, OpSpec]) -> None:
+    """Check that a node can run here.
+
+    Raises:
+        UnknownOpError: No plugin that is installed, and nothing that was imported, defines its op.
+        LayoutError: It is damaged, was written by another hopkit, or its op takes other parameters now.
+    """
+    text = node.keywords.get(layout.KEYWORD)
+    known = _read(node.op, text) if text is not None else None
+    if not namespace.has(node.op):
+        raise UnknownOpError(
+            f"op '{node.op}' of the saved program",
+            "is not defined here",
+            why="a program keeps an op's name and its graphs, and not its body",
+            todo=how_to_get(known.origin if known else ("", "")),
+        )
+    if known is not None and node.inputs is not None and not layout.suits(known, node.graphs, node.inputs):
+        raise LayoutError(
+            f"a node of op '{node.op}'",
+            "has a layout that speaks of other graphs or inputs than the node has",
+            why="a node that is read wrongly would compute something else",
+            todo="Record the graph again",
+        )
+    if known is not None and not known.region and node.op in ops:
+        transform.check_parameters(ops[node.op], known, node.keywords.keys() - {layout.KEYWORD})
+
+
+def _read(op: str, text: str) -> Layout:
+    try:
+        return layout.loads(text)
+    except LayoutError as error:
+        raise LayoutError(
+            f"a node of op '{op}'", f"has a layout that {error.found}", why=error.why, todo=error.todo
+        ) from error
