@@ -165,6 +165,15 @@ class Layout:
             )
         )
 
+    def capturing(self, added: Sequence[tuple[int, ...]], metas: tuple[Meta, ...]) -> Layout:
+        """This layout with more inputs, described by ``metas``: graph number i captures the inputs ``added[i]`` too."""
+
+        def more(v: Variant) -> Variant:
+            return dataclasses.replace(v, captures=(*v.captures, *added[v.graph]))
+
+        subgraphs = {name: tuple(tuple(map(more, v)) for v in many) for name, many in self.subgraphs.items()}
+        return dataclasses.replace(self, subgraphs=subgraphs, metas=(*self.metas, *metas))
+
     def variants(self) -> list[Variant]:
         """Every variant of every subgraph."""
         return [v for many in self.subgraphs.values() for variants in many for v in variants]
