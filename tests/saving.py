@@ -54,14 +54,14 @@ class Package:
         return importlib.import_module("t_pkg")
 
 
-def python(program: str, *arguments: object, path: str = "", **environment: str) -> str:
+def python(program: str, *arguments: object, path: str = "", interpreter: Path = Path(sys.executable)) -> str:
     """What a new process prints."""
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", program, *map(str, arguments)],
+        [interpreter, "-c", program, *map(str, arguments)],
         capture_output=True,
         text=True,
         check=False,
-        env={"PYTHONPATH": f"{ROOT}:{path}", "PATH": "", "HOME": "/nonexistent", **environment},
+        env={"PYTHONPATH": f"{ROOT}:{path}", "PATH": "", "HOME": "/nonexistent"},
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
