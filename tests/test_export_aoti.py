@@ -1,0 +1,49 @@
+"""AOTInductor: an exported program with ops is compiled to a package of C++, and runs without their bodies."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from hopkit import Op
+from tests.recording import define_once, define_twice, nodes, same
+
+pytestmark = [
+    pytest.mark.usefixtures("hopkit_fresh"),
+    pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning"),  # torch 2.13, of its own pytrees
+    pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning"),  # torch's, of its own code
+]
+
+
+class Model(torch.nn.Module):
+    """Ops in a loop, one in another; their subgraphs close over modules, a buffer, and a literal."""
+
+    shift: Tensor
+
+    def __init__(self, once: Op[..., Tensor], twice: Op[..., Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.once, self.twice = once, twice
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(2))
+        self.register_buffer("shift", torch.linspace(0.0, 0.2, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = self.twice(lambda y, layer=layer: self.once(torch.tanh, layer(y)) + self.shift, x, scale=0.5)
+        return self.once(lambda y, z: y * z * torch.tensor([1.0, 2.0, 3.0, 4.0]), x, x.cos())
+
+
+def test_a_package_gives_what_the_model_gives(tmp_path: Path) -> None:
+    once, twice = define_once(), define_twice()
+    model = Model(once, twice).eval()
+    rows = torch.export.Dim("rows", min=2, max=64)
+    x = torch.linspace(-1.0, 1.0, 20).reshape(5, 4)
+    program = torch.export.export(model, (x,), dynamic_shapes=({0: rows},))
+    assert (nodes(program.graph_module, once), nodes(program.graph_module, twice)) == (3, 2)
+    path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
+    packaged = torch._inductor.aoti_load_package(path)
+    for inputs in (x, x[:2], torch.cat([x, -x])):
+        same(packaged(inputs), model(inputs))
