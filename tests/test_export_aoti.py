@@ -37,13 +37,15 @@ class Model(torch.nn.Module):
 
 
 def test_a_package_gives_what_the_model_gives(tmp_path: Path) -> None:
+    from torch._inductor import aoti_compile_and_package, aoti_load_package  # loads torch's compiler
+
     once, twice = define_once(), define_twice()
     model = Model(once, twice).eval()
     rows = torch.export.Dim("rows", min=2, max=64)
     x = torch.linspace(-1.0, 1.0, 20).reshape(5, 4)
     program = torch.export.export(model, (x,), dynamic_shapes=({0: rows},))
     assert (nodes(program.graph_module, once), nodes(program.graph_module, twice)) == (3, 2)
-    path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
-    packaged = torch._inductor.aoti_load_package(path)
+    path = aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
+    packaged = aoti_load_package(path)
     for inputs in (x, x[:2], torch.cat([x, -x])):
         same(packaged(inputs), model(inputs))

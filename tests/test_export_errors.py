@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import hopkit
 from hopkit import HopkitWarning, LayoutError, Op, Subgraph, UnknownOpError
@@ -93,12 +94,14 @@ def test_an_op_without_a_layout_is_named() -> None:
     class Plain(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.graph = torch.fx.symbolic_trace(torch.nn.Tanh())
+            self.inner = make_fx(torch.tanh, tracing_mode="fake")(X)
 
         def forward(self, x: Tensor) -> Tensor:
-            return plain(self.graph, (x,))
+            return plain(self.inner, (x,))
 
     exported = torch.export.export(Plain(), (X,), strict=False)
+    (node,) = exported.graph.find_nodes(op="call_function", target=plain.operator)
+    assert not node.kwargs
     text = saved(exported)
     same(loaded(text).module()(X), X.tanh())
     hopkit.undefine(plain)
