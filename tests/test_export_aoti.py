@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from hopkit import Op
+import hopkit
+from hopkit import Op, Subgraph
 from tests.recording import define_once, define_twice, nodes, same
 
 pytestmark = [
@@ -49,3 +50,20 @@ def test_a_package_gives_what_the_model_gives(tmp_path: Path) -> None:
     packaged = aoti_load_package(path)
     for inputs in (x, x[:2], torch.cat([x, -x])):
         same(packaged(inputs), model(inputs))
+
+
+def test_an_op_that_decides_on_a_value_cannot_be_packaged(tmp_path: Path) -> None:
+    from torch._inductor import aoti_compile_and_package  # loads torch's compiler
+
+    @hopkit.define("t_pick", inputs=lambda yes, no, x: ((x,), (x,)), outputs=lambda yes, no, x: torch.empty_like(x))
+    def pick(yes: Subgraph, no: Subgraph, x: Tensor) -> Tensor:
+        return yes(x) if x.sum() > 0 else no(x)
+
+    class Pick(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return pick(torch.sin, torch.cos, x)
+
+    program = torch.export.export(Pick(), (torch.ones(3),))
+    with pytest.raises(Exception, match="op 't_pick' cannot be packaged by AOTInductor"):
+        aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
+    same(torch.compile(Pick(), backend="eager", fullgraph=True)(torch.ones(3)), torch.ones(3).sin())

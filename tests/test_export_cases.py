@@ -116,6 +116,12 @@ CASES: dict[str, tuple[int, Callable[..., object]]] = {
             x.sum() > 0, lambda x: m.twice(lambda y: y * 2, x), lambda x: m.twice(torch.sin, x) * 1, (x,)
         ),
     ),
+    "captures in a branch": (
+        2,
+        lambda m, x: torch.cond(
+            x.sum() > 0, lambda x: m.twice(lambda y: y * m.weight, x), lambda x: m.once(m.layers[0], x), (x,)
+        ),
+    ),
     "pytrees": (1, lambda m, x: m.pair(torch.sin, lambda y, by: y * by, {"a": (x, 2.0), "b": (m.weight, 0.5)})),
     "keywords": (
         1,
