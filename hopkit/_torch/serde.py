@@ -30,14 +30,10 @@ class SavedNode:
 
     Args:
         op: The operator's name.
-        graphs: How many graphs it has.
-        inputs: How many tensors and numbers its tuple has; None: it has another form.
         keywords: Its keywords; a value that is no text is None.
     """
 
     op: str
-    graphs: int
-    inputs: int | None
     keywords: dict[str, str | None]
 
 
@@ -64,14 +60,11 @@ def _nodes(graph: Graph) -> Iterator[SavedNode]:
         graphs = [item.arg.as_graph.graph for item in node.inputs if item.arg.type == "as_graph"]
         if node.target.startswith(_PREFIX):
             name = node.target.removeprefix(_PREFIX)
-            positional = [item.arg for item in node.inputs if not item.name]
-            others = [arg for arg in positional if arg.type != "as_graph"]
-            flat = len(others) == 1 and isinstance(others[0].value, (list, tuple))
             keywords = {
                 item.name: item.arg.as_string if item.arg.type == "as_string" else None
                 for item in node.inputs
                 if item.name
             }
-            yield SavedNode(name, len(graphs), len(others[0].value) if flat else None, keywords)
+            yield SavedNode(name, keywords)
         for inner in graphs:
             yield from _nodes(inner)
