@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import cast
@@ -206,6 +207,15 @@ def _variant_in(data: _VariantText) -> Variant:
 
 def _metas_in(data: tuple[object, ...]) -> tuple[Meta, ...]:
     return tuple(Meta(*cast("tuple[torch.dtype | None, str, tuple[Dim, ...]]", m)) for m in data)
+
+
+def origin(text: str) -> tuple[str, str]:
+    """Where a node's op comes from, as far as the text tells. The classes that it names may be missing with the op."""
+    try:
+        *_, (_, module, distribution), _ = json.loads(text)
+    except (ValueError, TypeError):
+        return "", ""
+    return str(module), str(distribution)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -21,22 +21,22 @@ def check(node: SavedNode, ops: Mapping[str, OpSpec]) -> None:
         LayoutError: It is damaged, was written by another hopkit, or its op takes other parameters now.
     """
     text = node.keywords.get(layout.KEYWORD)
-    known = _read(node.op, text) if text is not None else None
     if not namespace.has(node.op):
         raise UnknownOpError(
             f"op '{node.op}' of the saved program",
             "is not defined here",
             why="a program keeps an op's name and its graphs, and not its body",
-            todo=how_to_get(known.origin if known else ("", "")),
+            todo=how_to_get(layout.origin(text or "")),
         )
-    if known is not None and not known.region and node.op in ops:
-        transform.check_parameters(ops[node.op], known, node.keywords.keys() - {layout.KEYWORD})
+    if text is not None:
+        known = _read(node.op, text)
+        if not known.region and node.op in ops:
+            transform.check_parameters(ops[node.op], known, node.keywords.keys() - {layout.KEYWORD})
 
 
 def _read(op: str, text: str) -> Layout:
     try:
         return layout.loads(text)
     except LayoutError as error:
-        raise LayoutError(
-            f"a node of op '{op}'", f"has a layout that {error.found}", why=error.why, todo=error.todo
-        ) from error
+        found = f"has a layout that {error.found}"
+        raise LayoutError(f"a node of op '{op}'", found, why=error.why, todo=error.todo) from error

@@ -19,11 +19,15 @@ import torch
 from tests.contract.seam import ROOT
 
 PACKAGE = """
-import torch, hopkit
+import enum, torch, hopkit
 from hopkit.extend import hookimpl
 
+class Order(enum.Enum):
+    UP = 1
+    DOWN = 2
+
 @hopkit.define("t_pkg_apply")
-def apply(body: hopkit.Subgraph, x: torch.Tensor, *, times: int = 2) -> torch.Tensor:
+def apply(body: hopkit.Subgraph, x: torch.Tensor, *, times: int = 2, order: Order = Order.UP) -> torch.Tensor:
     for _ in range(times):
         x = body(x)
     return x

@@ -48,7 +48,7 @@ def _a_good_program_loads_afterwards() -> Iterator[None]:
 def test_an_op_that_is_missing_is_named_with_its_package(tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         module = Package(tmp_path, patch).imported()
-        text = program(module.apply)
+        text = program(module.apply, order=module.Order.DOWN)
     hopkit.undefine(module.apply)
     wanted = r"op 't_pkg_apply' of the saved program is not defined here\..*Install t-pkg==1.2, which defined the op"
     with pytest.raises(UnknownOpError, match=wanted):
