@@ -218,14 +218,21 @@ def origin(text: str) -> tuple[str, str]:
     return str(module), str(distribution)
 
 
-@functools.lru_cache(maxsize=4096)
 def loads(text: str) -> Layout:
     """The layout that `Layout.dumps` wrote.
 
     Raises:
         LayoutError: It is damaged, or was written by another version of hopkit.
     """
+    # A class that it names may be another by now: a module is reloaded, in a notebook every day.
+    return _read(text) if codec.names_classes(text) else _remembered(text)
+
+
+def _read(text: str) -> Layout:
     return codec.loads(text, functools.partial(_layout_in, text))
+
+
+_remembered = functools.lru_cache(maxsize=4096)(_read)
 
 
 def _layout_in(text: str, data: object) -> Layout:
