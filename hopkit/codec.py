@@ -52,6 +52,11 @@ def loads(text: str, read: Callable[[object], T]) -> T:
         ) from error
 
 
+def names_classes(text: str) -> bool:
+    """Whether what `dumps` wrote names classes, which are looked up when it is read."""
+    return any(f'["{tag}"' in text for tag in ("enum", "namedtuple", "dataclass"))
+
+
 # A JSON list starts with its tag; everything else stands for itself.
 def _encode(value: object) -> object:
     if value is None or type(value) in (bool, int, str):

@@ -8,7 +8,8 @@ import warnings
 from collections.abc import Callable, Container, Iterable, Iterator
 from importlib.metadata import EntryPoint
 
-from hopkit import installed
+from hopkit import installed, saved
+from hopkit._torch import namespace, serde
 from hopkit._torch.fakes import outside_modes
 from hopkit._torch.operator import taken
 from hopkit.errors import DuplicateOpError, HopkitWarning, PluginError, SpecError
@@ -308,6 +309,10 @@ _kit = Kit()
 def current() -> Kit:
     """The host of this process."""
     return _kit
+
+
+namespace.watch(lambda: current().load())
+serde.watch(lambda node: saved.check(node, {name: op.spec for name, op in current().ops.items()}))
 
 
 @contextlib.contextmanager

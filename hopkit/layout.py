@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import cast
 
@@ -20,7 +22,7 @@ from hopkit._torch.sizes import Equal
 from hopkit.codec import Dim, Slot
 from hopkit.errors import LayoutError
 
-VERSION = 2
+VERSION = 3
 KEYWORD = "hopkit"
 REGION = "region"
 
@@ -137,6 +139,7 @@ class Layout:
         transforms: What was done to the body, innermost first: ``("vjp", wrt, given)``. In a part of an op that
             trains, ``("region", part)`` comes first: the one graph is the body, from the inputs to the outputs.
         digest: What the op was when it was recorded (hopkit/digest.py); "" where that cannot be told.
+        origin: Where the op came from: its module, and its distribution (hopkit/origin.py).
     """
 
     values: Mapping[str, object]
@@ -146,21 +149,31 @@ class Layout:
     leaves: int
     transforms: tuple[tuple[object, ...], ...] = ()
     digest: str = ""
+    origin: tuple[str, str] = ("", "")
 
     def dumps(self) -> str:
         """The text for the node's ``hopkit=`` keyword."""
-        return codec.dumps(
-            (
-                VERSION,
-                dict(self.values),
-                {name: tuple(tuple(map(_variant_out, v)) for v in many) for name, many in self.subgraphs.items()},
-                tuple(map(_meta_out, self.metas)),
-                self.outputs,
-                self.leaves,
-                self.transforms,
-                self.digest,
-            )
+        parts = (
+            VERSION,
+            dict(self.values),
+            {name: tuple(tuple(map(_variant_out, v)) for v in many) for name, many in self.subgraphs.items()},
+            tuple(map(_meta_out, self.metas)),
+            self.outputs,
+            self.leaves,
+            self.transforms,
+            self.digest,
+            self.origin,
         )
+        return _signed(codec.dumps(parts))
+
+    def capturing(self, added: Sequence[tuple[int, ...]], metas: tuple[Meta, ...]) -> Layout:
+        """This layout with more inputs, described by ``metas``: graph number i captures the inputs ``added[i]`` too."""
+
+        def more(v: Variant) -> Variant:
+            return dataclasses.replace(v, captures=(*v.captures, *added[v.graph]))
+
+        subgraphs = {name: tuple(tuple(map(more, v)) for v in many) for name, many in self.subgraphs.items()}
+        return dataclasses.replace(self, subgraphs=subgraphs, metas=(*self.metas, *metas))
 
     @property
     def region(self) -> str:
@@ -196,17 +209,33 @@ def _metas_in(data: tuple[object, ...]) -> tuple[Meta, ...]:
     return tuple(Meta(*cast("tuple[torch.dtype | None, str, tuple[Dim, ...]]", m)) for m in data)
 
 
-@functools.lru_cache(maxsize=4096)
+def origin(text: str) -> tuple[str, str]:
+    """Where a node's op comes from, as far as the text tells. The classes that it names may be missing with the op."""
+    try:
+        *_, (_, module, distribution), _ = json.loads(text)
+    except (ValueError, TypeError):
+        return "", ""
+    return str(module), str(distribution)
+
+
 def loads(text: str) -> Layout:
     """The layout that `Layout.dumps` wrote.
 
     Raises:
         LayoutError: It is damaged, or was written by another version of hopkit.
     """
-    return codec.loads(text, _layout_in)
+    # A class that it names may be another by now: a module is reloaded, in a notebook every day.
+    return _read(text) if codec.names_classes(text) else _remembered(text)
 
 
-def _layout_in(data: object) -> Layout:
+def _read(text: str) -> Layout:
+    return codec.loads(text, functools.partial(_layout_in, text))
+
+
+_remembered = functools.lru_cache(maxsize=4096)(_read)
+
+
+def _layout_in(text: str, data: object) -> Layout:
     version, *rest = cast("tuple[object, ...]", data)
     if version != VERSION:
         raise LayoutError(
@@ -215,7 +244,9 @@ def _layout_in(data: object) -> Layout:
             why="a node that is read wrongly would compute something else",
             todo="Record the graph again, or install the hopkit that made it",
         )
-    values, subgraphs, metas, outputs, leaves, transforms, digest = rest
+    if _signed(text.rpartition(",")[0] + "]") != text:
+        raise ValueError("it is damaged: its checksum is another")
+    values, subgraphs, metas, outputs, leaves, transforms, digest, origin, _ = rest
     return Layout(
         cast("dict[str, object]", values),
         {
@@ -227,7 +258,13 @@ def _layout_in(data: object) -> Layout:
         cast("int", leaves),
         cast("tuple[tuple[object, ...], ...]", transforms),
         cast("str", digest),
+        cast("tuple[str, str]", origin),
     )
+
+
+def _signed(text: str) -> str:
+    """A list with a checksum as its last item: torch reads a damaged file without a word."""
+    return f"{text[:-1]},{zlib.crc32(text.encode())}]"
 
 
 class Slots:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import cast
 
 import torch
+from torch.fx import GraphModule
 
 from hopkit import codec
 from hopkit._torch import sizes, trees
@@ -23,6 +24,7 @@ from hopkit._torch.watch import Substitute, Watch, wiring
 from hopkit.codec import Slot
 from hopkit.errors import CallError, CaptureError, DataDependentError, HopkitError, LayoutError, SubgraphError
 from hopkit.layout import KEYWORD, Layout, Meta, Slots, Variant, fill, parameter_of
+from hopkit.origin import origin
 from hopkit.probe import Graph, Probe, Unrecordable, Unrehearsable, identity, variable_name
 from hopkit.spec import Kind, OpSpec
 
@@ -232,7 +234,9 @@ class Recorder:
                 many.append(told)
             variants[name] = tuple(many)
         metas = tuple(map(Meta.of, self.inputs))
-        layout = Layout(self._values, variants, metas, tuple(kept), len(leaves), digest=digest)
+        layout = Layout(
+            self._values, variants, metas, tuple(kept), len(leaves), digest=digest, origin=origin(self.spec.body)
+        )
         return Recording(tuple(graphs), tuple(self.inputs), self._options, layout, trees.unflatten(restored, tree))
 
     def _check_writable(self, name: str, value: object) -> None:
@@ -318,20 +322,27 @@ def plain_form(
     """``(graph, inputs, options)`` where the call needs no layout, or None.
 
     That is an op of one ``GraphModule`` and one flat tuple, without a derivative to record: the node says nothing but
-    ``(graph, args)``. If ``nested``, args may be any list or tuple; not in a program that is exported, which could not
-    be saved.
-    """
+    `X"""
     if len(spec.parameters) < 2 or spec.autograd == "derive":
         return None
     subgraph, operand, *options = spec.parameters
     if not subgraph.graph_only or operand.kind is not Kind.OPERAND or any(p.kind is not Kind.OPTION for p in options):
         return None
     inputs, chosen = values[operand.name], specialised(spec, values)
-    nested = nested and isinstance(inputs, (tuple, list)) and not torch.compiler.is_exporting()
+    exporting = torch.compiler.is_exporting()
+    if exporting and not _savable(cast("GraphModule", values[subgraph.name])):
+        return None
+    nested = nested and isinstance(inputs, (tuple, list)) and not exporting
     fits = trees.is_plain(inputs) if nested else trees.is_flat(inputs)
     if not fits or not all(is_keyword(name, value) for name, value in chosen.items()):
         return None
     return values[subgraph.name], inputs, chosen
+
+
+def _savable(graph: GraphModule) -> bool:
+    """Whether torch can save a graph as it stands: without tensors of its own, and with stand-ins of all values."""
+    nodes = [node for node in graph.graph.nodes if node.op != "output"]
+    return all(node.op in ("placeholder", "call_function") and "val" in node.meta for node in nodes)
 
 
 def subgraphs(name: str, value: object) -> list[tuple[str, Callable[..., object]]]:

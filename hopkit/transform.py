@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import cast
 
 import torch
@@ -12,6 +12,7 @@ from hopkit._torch.fakes import autograd_on
 from hopkit._torch.levels import duals_shared
 from hopkit._torch.sizes import Equal
 from hopkit._torch.state import forward_mode, transforming
+from hopkit.codec import Slot
 from hopkit.errors import LayoutError, RuleError, SignatureError
 from hopkit.layout import REGION, Layout, Slots, Variant, fill
 from hopkit.spec import Kind, OpSpec
@@ -20,6 +21,10 @@ Flat = Callable[[Sequence[object]], tuple[object, ...]]
 """A function of a node's inputs that gives the node's outputs."""
 
 Rule = Callable[..., object]
+
+
+def _is_slot(leaf: object) -> bool:
+    return isinstance(leaf, Slot)
 
 
 class Replayed:
@@ -63,6 +68,29 @@ class Replayed:
         )
 
 
+def check_parameters(spec: OpSpec, layout: Layout, options: Iterable[str]) -> None:
+    """Check that the parameters that a node was recorded with are those that the op has.
+
+    Raises:
+        LayoutError: The op has changed.
+    """
+    known = {*layout.values, *layout.subgraphs, *options}
+    with_tensors = {name for name, value in layout.values.items() if any(map(_is_slot, trees.leaves(value)))}
+    fits = (
+        known == {p.name for p in spec.parameters}
+        and {*layout.subgraphs} == {p.name for p in spec.of_kind(Kind.SUBGRAPH, Kind.SUBGRAPHS)}
+        and with_tensors <= {p.name for p in spec.of_kind(Kind.OPERAND)}
+        and all(len(layout.subgraphs[p.name]) == 1 for p in spec.of_kind(Kind.SUBGRAPH))
+    )
+    if not fits:
+        raise LayoutError(
+            f"a node of op '{spec.name}'",
+            f"was recorded with the parameters {', '.join(sorted(known))}, and the op now takes {spec.shown()}",
+            why="the op has changed since, and the node's arguments no longer fit it",
+            todo="Record the graph again",
+        )
+
+
 def values(
     spec: OpSpec,
     layout: Layout,
@@ -71,14 +99,7 @@ def values(
     options: Mapping[str, object],
 ) -> dict[str, object]:
     """The author's arguments, by parameter, that a node in flat form stands for."""
-    known = {*layout.values, *layout.subgraphs, *options}
-    if known != {p.name for p in spec.parameters}:
-        raise LayoutError(
-            f"a node of op '{spec.name}'",
-            f"was recorded with the parameters {', '.join(sorted(known))}, and the op now takes {spec.shown()}",
-            why="the op has changed since, and the node's arguments no longer fit it",
-            todo="Record the graph again",
-        )
+    check_parameters(spec, layout, options)
     symbols = layout.symbols(inputs)
     found: dict[str, object] = {name: fill(value, inputs) for name, value in layout.values.items()} | dict(options)
     for p in spec.of_kind(Kind.SUBGRAPH, Kind.SUBGRAPHS):

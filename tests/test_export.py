@@ -12,6 +12,7 @@ from torch import Tensor
 from hopkit import Op
 from hopkit.op import AnyOp
 from tests.recording import define_once, define_twice, nodes, same
+from tests.saving import Package, python
 
 pytestmark = [
     pytest.mark.usefixtures("hopkit_fresh"),
@@ -56,3 +57,36 @@ def test_a_program_goes_round(strict: bool, dynamic: bool, tmp_path: Path) -> No
         for x in [X, X[:3]] if dynamic else [X]:
             same(again.module()(x), model(x))
     same(torch.export.unflatten(program)(X), model(X))
+
+
+LOAD = """
+import sys, torch, hopkit
+assert not {"t_pkg", "hopkit_constgraph", "torch._dynamo"} & set(sys.modules)
+program = torch.export.load(sys.argv[1])
+x, want, names = torch.load(sys.argv[2])
+nodes = program.graph.find_nodes(op="call_function", target=torch.ops.higher_order.t_pkg_apply)
+assert len(nodes) == 1 and list(program.state_dict) == names
+torch.testing.assert_close(program.module()(x), want)
+assert sys.modules["t_pkg"].apply.operator is nodes[0].target
+"""
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_new_process_that_knows_hopkit_alone_finds_the_op(
+    strict: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    apply = Package(tmp_path / "site", monkeypatch).imported().apply
+
+    class Layer(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = torch.nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            result: Tensor = apply(lambda y: torch.tanh(self.linear(y)), x, times=3)
+            return result
+
+    model = Layer()
+    torch.export.save(torch.export.export(model, (X,), strict=strict), tmp_path / "model.pt2")
+    torch.save((X, model(X).detach(), list(model.state_dict())), tmp_path / "want.pt")
+    python(LOAD, tmp_path / "model.pt2", tmp_path / "want.pt", path=str(tmp_path / "site"))

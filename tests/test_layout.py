@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given
@@ -127,3 +131,17 @@ def test_a_graph_does_not_run_on_a_dtype_that_it_was_not_recorded_for() -> None:
     graph = record(lambda x: twice(torch.sin, x), torch.ones(3))
     with pytest.raises(SignatureError, match="float64"):
         graph(torch.ones(3, dtype=torch.float64))
+
+
+@pytest.mark.usefixtures("hopkit_fresh")
+def test_a_class_that_is_defined_anew_is_the_one_that_a_node_gets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "t_colors.py").write_text("import enum\nclass Color(enum.Enum):\n    RED = 1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    colors = importlib.import_module("t_colors")
+    text = Layout({"color": colors.Color.RED}, {}, (), (), 0).dumps()
+    assert layout.loads(text).values["color"] is colors.Color.RED
+    colors = importlib.reload(colors)
+    assert layout.loads(text).values["color"] is colors.Color.RED
+    monkeypatch.delitem(sys.modules, "t_colors")

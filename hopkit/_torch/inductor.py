@@ -22,7 +22,8 @@ from hopkit._torch import trees
 def compiling() -> bool:
     """Whether what is traced now will be compiled by Inductor."""
     virtualized = sys.modules.get("torch._inductor.virtualized")
-    return virtualized is not None and isinstance(virtualized.V.fake_mode, FakeTensorMode)
+    # A program that is packaged is traced before that mode is set.
+    return virtualized is not None and (isinstance(virtualized.V.fake_mode, FakeTensorMode) or packaging())
 
 
 def packaging() -> bool:

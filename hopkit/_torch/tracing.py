@@ -27,6 +27,8 @@ T = TypeVar("T")
 
 _traced: weakref.WeakKeyDictionary[PythonKeyTracer, dict[object, str]] = weakref.WeakKeyDictionary()
 
+_lifted: weakref.WeakKeyDictionary[GraphModule, tuple[torch.Tensor, ...]] = weakref.WeakKeyDictionary()
+
 _known: weakref.WeakKeyDictionary[PythonKeyTracer, dict[object, object]] = weakref.WeakKeyDictionary()
 
 Decompositions = Mapping[torch._ops.OpOverload, Callable[..., object]]
@@ -74,6 +76,33 @@ class Tracer:
         root.register_module(free, graph)
         return free
 
+    def lift(self, graph: GraphModule) -> tuple[torch.Tensor, ...]:
+        """Make inputs of a graph's constants, after those it has; gives the constants.
+
+        torch saves those of a program, and not those of a graph within.
+        """
+        if graph not in _lifted:
+            mode = self._fake_mode or fakes.Stage(()).mode
+            constants: dict[str, torch.Tensor] = {}
+            for node in graph.graph.find_nodes(op="get_attr"):
+                value = attribute(graph, node.target)
+                if isinstance(value, torch.Tensor):
+                    constants[node.target] = value
+            *_, last = [None, *graph.graph.find_nodes(op="placeholder")]
+            for target, value in constants.items():
+                with graph.graph.inserting_after(last) if last else graph.graph.inserting_before():
+                    last = graph.graph.placeholder(target.rpartition(".")[2].strip("_"))
+                last.meta["val"] = fakes.stand_in(value, mode)
+                for node in graph.graph.find_nodes(op="get_attr"):
+                    if node.target == target:
+                        node.replace_all_uses_with(last)
+                        graph.graph.erase_node(node)
+                path, _, name = target.rpartition(".")
+                delattr(attribute(graph, path), name)  # or the outer graph would take it from here
+            graph.recompile()
+            _lifted[graph] = tuple(constants.values())
+        return _lifted[graph]
+
     def emit(
         self,
         target: Callable[..., object],
@@ -87,6 +116,14 @@ class Tracer:
         if any(map(_draws, args)):
             node.node.meta["recompute"] = CheckpointPolicy.MUST_SAVE  # again, other numbers would be drawn
         return track_tensor_tree(outputs, node, constant=None, tracer=self._tracer)
+
+
+def attribute(module: torch.nn.Module, path: str) -> object:
+    """What a ``get_attr`` node names."""
+    found: object = module
+    for name in filter(None, path.split(".")):
+        found = getattr(found, name)
+    return found
 
 
 def _draws(graph: object) -> bool:

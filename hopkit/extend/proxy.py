@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+import torch
 from torch.fx import GraphModule
 
 from hopkit._torch.tracing import Tracer
 from hopkit.call import Call, GraphLike, key_of, with_gradients
 from hopkit.layout import Meta, Slots
 
-__all__ = ["ProxyRule", "Tracer", "node", "trace"]
+__all__ = ["ProxyRule", "Tracer", "lifted", "node", "trace"]
 
 
 class ProxyRule(Protocol):
@@ -28,6 +29,25 @@ def trace(tracer: Tracer, name: str, graph: GraphLike, examples: Sequence[object
     return tracer.trace(name, graph, examples, key, gradients=with_gradients(graph))
 
 
+def lifted(tracer: Tracer, call: Call) -> Call:
+    """``call`` with the constants of its graphs, such as a tensor that a subgraph makes, as inputs: so it can be saved.
+
+    A node that has no layout, or is a transform of its op, stays as it is.
+    """
+    if call.layout is None or call.transformed:
+        return call
+    inputs = list(call.inputs)
+    added: list[tuple[int, ...]] = []
+    for graph in call.graphs:
+        constants = tracer.lift(graph) if isinstance(graph, GraphModule) else ()
+        added.append(tuple(range(len(inputs), len(inputs) + len(constants))))
+        inputs.extend(constants)
+    metas = tuple(map(Meta.of, inputs[len(call.inputs) :]))
+    return call.replace(inputs=inputs, layout=call.layout.capturing(added, metas)) if metas else call
+
+
 def node(tracer: Tracer, call: Call) -> object:
     """Write ``call``, whose graphs are submodules of the graph, as one node; gives its outputs."""
+    if torch.compiler.is_exporting():
+        call = lifted(tracer, call)
     return tracer.emit(call.target, (*call.graphs, call.nested), call.keywords, call())

@@ -41,8 +41,8 @@ def private(tree: ast.Module) -> dict[str, int]:
     return {name: line for name, line in found.items() if _is_private(name)}
 
 
-# torch documents both: every operator is in torch.ops, and a wrapper subclass is made in no other way.
-_DOCUMENTED = ("torch.ops.aten.", "torch.Tensor._make_wrapper_subclass")
+# torch documents them: every operator is in torch.ops, and a wrapper subclass or a package is made in no other way.
+_DOCUMENTED = ("torch.ops.aten.", "torch.Tensor._make_wrapper_subclass", "torch._inductor.aoti_")
 
 
 def _is_private(name: str) -> bool:

@@ -16,10 +16,10 @@ from tests.contract.seam import ROOT, imports, parse, private
 LAYERS = [
     ["constants", "errors", "modes", "new", "table"],
     ["_torch", "spec"],
-    ["binding", "codec", "rule"],
+    ["binding", "codec", "origin", "rule"],
     ["asking", "hookspecs", "layout", "parameters"],
     ["digest", "manager", "probe", "transform"],
-    ["installed", "record"],
+    ["installed", "record", "saved"],
     ["call", "live", "resolve"],
     ["authored", "region"],
     ["extend", "handwritten"],

@@ -1,0 +1,163 @@
+"""torch.export, with save and load, of what models do with ops: captures, nesting, loops, pytrees, and literals.
+
+Every case is a function of a model's state ``m`` and an input; it is compared with what it gives in plain eager.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import hopkit
+from hopkit import Subgraph
+from tests.recording import define_once, define_twice, nodes, plainly, same
+from tests.saving import again
+
+pytestmark = [
+    pytest.mark.usefixtures("hopkit_fresh"),
+    pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning"),  # torch 2.13, of its own pytrees
+]
+
+X = torch.linspace(-1.0, 1.0, 12).reshape(3, 4)
+OUTSIDE = torch.tensor([1.0, 2.0, 3.0, 4.0])
+
+
+class State(torch.nn.Module):
+    """What a case may use, and the case as ``forward``."""
+
+    def __init__(self, case: Callable[..., object]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.case, self.once, self.twice = case, define_once(), define_twice()
+        self.pair, self.pick, self.cut, self.scaled = define_pair(), define_pick(), define_cut(), define_scaled()
+        self.weight = torch.nn.Parameter(torch.linspace(0.5, 1.5, 4))
+        self.tied = self.weight
+        self.register_buffer("shift", torch.linspace(0.0, 0.2, 4))
+        self.register_buffer("unsaved", torch.linspace(0.0, 0.3, 4), persistent=False)
+        self.constant = torch.linspace(1.0, 2.0, 4)
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(2))
+        self.inner = torch.fx.symbolic_trace(torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Tanh()))
+
+    def forward(self, *args: object, **kwargs: object) -> object:
+        return self.case(self, *args, **kwargs)
+
+
+def define_pair() -> Any:
+    @hopkit.define("t_pair")
+    def pair(f: Subgraph, g: Subgraph, xs: dict[str, tuple[Tensor, float]], *, flip: bool = False) -> dict[str, Tensor]:
+        a, b = f(xs["a"][0]) * xs["a"][1], g(xs["b"][0], by=xs["b"][1])
+        return {"sum": a + b, "difference": b - a if flip else a - b}
+
+    return pair
+
+
+def define_pick() -> Any:
+    def inputs(yes: Subgraph, no: Subgraph, x: Tensor) -> object:
+        return (x,), (x,)
+
+    def outputs(yes: Subgraph, no: Subgraph, x: Tensor) -> Tensor:
+        return torch.empty_like(x)
+
+    @hopkit.define("t_pick", inputs=inputs, outputs=outputs)
+    def pick(yes: Subgraph, no: Subgraph, x: Tensor) -> Tensor:
+        return yes(x) if x.sum() > 0 else no(x)
+
+    return pick
+
+
+def define_cut() -> Any:
+    @hopkit.define("t_cut")
+    def cut(body: Subgraph, x: Tensor, n: int | torch.SymInt) -> Tensor:
+        return body(x[:n]) * int(n)
+
+    return cut
+
+
+def define_scaled() -> Any:
+    @hopkit.define("t_scaled")
+    def scaled(body: Subgraph, x: Tensor) -> Tensor:
+        return body(x) * torch.tensor([1.0, 2.0, 3.0, 4.0])
+
+    return scaled
+
+
+def loop(m: Any, x: Tensor) -> Tensor:
+    for layer in m.layers:
+        x = m.twice(lambda y, layer=layer: layer(y).tanh(), x)
+    return x
+
+
+CASES: dict[str, tuple[int, Callable[..., object]]] = {
+    "parameter": (1, lambda m, x: m.twice(lambda y: y * m.weight, x)),
+    "tied parameter": (1, lambda m, x: m.twice(lambda y: y * m.weight + m.tied, x)),
+    "buffer": (1, lambda m, x: m.twice(lambda y: y * m.shift, x)),
+    "buffer that is not saved": (1, lambda m, x: m.twice(lambda y: y * m.unsaved, x)),
+    "constant of the model": (1, lambda m, x: m.twice(lambda y: y * m.constant, x)),
+    "constant from outside": (1, lambda m, x: m.twice(lambda y: y * OUTSIDE, x)),
+    "literal": (1, lambda m, x: m.twice(lambda y: y * torch.tensor([1.0, 2.0, 3.0, 4.0]), x)),
+    "two literals": (1, lambda m, x: m.once(lambda y: (y + torch.tensor(2.0)) * torch.tensor([4, 3, 2, 1]), x)),
+    "literal that is written to": (1, lambda m, x: m.once(lambda y: torch.tensor([1.0, 2.0, 3.0, 4.0]).mul_(y[0]), x)),
+    "literal and captures": (1, lambda m, x: m.twice(lambda y: y * m.weight + torch.tensor(0.5) + m.shift, x)),
+    "literal in two calls": (2, lambda m, x: [m.once(lambda y, c=c: y * torch.tensor(c), x) for c in (2.0, 3.0)]),
+    "literal on two shapes": (1, lambda m, x: m.twice(lambda y: y.sum(-1) * torch.tensor(2.0), x)),
+    "literal in the body": (1, lambda m, x: m.scaled(torch.sin, x)),
+    "submodule": (1, lambda m, x: m.twice(m.layers[0], x)),
+    "graph module": (1, lambda m, x: m.twice(m.inner, x)),
+    "loop": (2, loop),
+    "op in an op": (2, lambda m, x: m.twice(lambda y: m.once(lambda z: z.sin() * m.weight, y) + m.shift, x)),
+    "literal in an op in an op": (2, lambda m, x: m.twice(lambda y: m.once(lambda z: z * torch.tensor(2.0), y), x)),
+    "op in a branch": (
+        2,
+        lambda m, x: torch.cond(
+            x.sum() > 0, lambda x: m.twice(lambda y: y * 2, x), lambda x: m.twice(torch.sin, x) * 1, (x,)
+        ),
+    ),
+    "captures in a branch": (
+        2,
+        lambda m, x: torch.cond(
+            x.sum() > 0, lambda x: m.twice(lambda y: y * m.weight, x), lambda x: m.once(m.layers[0], x), (x,)
+        ),
+    ),
+    "pytrees": (1, lambda m, x: m.pair(torch.sin, lambda y, by: y * by, {"a": (x, 2.0), "b": (m.weight, 0.5)})),
+    "keywords": (
+        1,
+        lambda m, x: m.pair(g=lambda y, by: y * by, xs={"a": (x, 2.0), "b": (x, 0.5)}, f=m.inner, flip=True),
+    ),
+    "same operand twice": (1, lambda m, x: m.once(lambda a, b: a * b, x, x)),
+    "decides on a value": (1, lambda m, x: m.pick(lambda y: y * m.weight, torch.cos, x)),
+    "size as an operand": (1, lambda m, x: m.cut(torch.sin, x, x.shape[0])),
+    "only constants": (1, lambda m, x: x + m.once(lambda w: w * 2, m.weight)),
+}
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("name", CASES)
+def test_a_model_goes_round(name: str, strict: bool) -> None:
+    count, case = CASES[name]
+    model = State(case)
+    program = torch.export.export(model, (X,), strict=strict)
+    _check(model, program, count, [X, -X])
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize(
+    "name", ["literal and captures", "literal in an op in an op", "loop", "op in a branch", "pytrees"]
+)
+def test_sizes_that_vary_go_round(name: str, strict: bool) -> None:
+    count, case = CASES[name]
+    model = State(case)
+    rows = torch.export.Dim("rows", min=2, max=64)
+    program = torch.export.export(model, (X,), dynamic_shapes={"args": ({0: rows},)}, strict=strict)
+    _check(model, program, count, [X, -X[:2], torch.cat([X, X])])
+
+
+def _check(model: State, program: torch.export.ExportedProgram, count: int, inputs: list[Tensor]) -> None:
+    for found in (program, again(program)):
+        assert sum(nodes(found.graph_module, op) for op in hopkit.ops().values()) == count
+        assert set(found.state_dict) <= set(model.state_dict())
+        for x in inputs:
+            same(found.module()(x), plainly(model, x))
