@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -22,6 +21,7 @@ from hopkit.errors import PluginError
 from hopkit.extend import Call
 from hopkit.extend.jvp import Tangents
 from hopkit.extend.vmap import Batch, on_call
+from hopkit.layout import loads
 from tests.recording import Function, nodes, plainly, record, same, trained
 
 pytestmark = [
@@ -50,7 +50,7 @@ def steps(graph: torch.nn.Module, op: Op[..., Any]) -> list[list[str]]:
     """Per node of the op, the names of its transforms."""
     modules = [module for module in graph.modules() if isinstance(module, GraphModule)]
     found = [n for m in modules for n in m.graph.find_nodes(op="call_function", target=op.operator)]
-    return [[step[1] for step in json.loads(n.kwargs["hopkit"])[-2][1:]] for n in found]
+    return [[str(step[0]) for step in loads(n.kwargs["hopkit"]).transforms] for n in found]
 
 
 pull: Any = vjp  # typed for functions of one result
