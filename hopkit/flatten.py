@@ -243,7 +243,7 @@ def _traced(call: Call, functional: bool) -> GraphModule:
         return call.replace(inputs=inputs).run()
 
     try:
-        return retrace(run, call.inputs, derivative=call.transformed, functional=functional)
+        return retrace(run, call.inputs, derivative=call.derivative, functional=functional)
     except Lost as lost:
         raise AutogradError(
             f"op '{call.op.name}'",

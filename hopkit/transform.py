@@ -8,17 +8,20 @@ from typing import cast
 import torch
 
 from hopkit._torch import sizes, trees
-from hopkit._torch.fakes import autograd_on
+from hopkit._torch.fakes import autograd_on, copied
 from hopkit._torch.sizes import Equal
 from hopkit._torch.state import forward_mode, transforming
 from hopkit.errors import LayoutError, RuleError, SignatureError
-from hopkit.layout import REGION, Layout, Slots, Variant, fill
+from hopkit.layout import FUNCTIONAL, REGION, Layout, Slots, Variant, fill
 from hopkit.spec import Kind, OpSpec
 
 Flat = Callable[[Sequence[object]], tuple[object, ...]]
 """A function of a node's inputs that gives the node's outputs."""
 
 Rule = Callable[..., object]
+
+NOTHING = (None,)
+"""What a node gives where its op gives no tensor: torch cannot make an operator functional that gives nothing."""
 
 
 class Replayed:
@@ -50,7 +53,7 @@ class Replayed:
                 if slots is not None:
                     captures = [self._inputs[i] for i in variant.captures]
                     outputs = cast("Sequence[object]", self._graphs[variant.graph](*slots, *captures))
-                    return fill(variant.gives, outputs)
+                    return fill(variant.gives, [*outputs, *reversed(slots)])
         recorded = "; ".join(variant.describe() for variant in self._variants) or "nothing, it was never called"
         found = Slots(unique=False)
         found.split((args, kwargs))
@@ -110,7 +113,7 @@ def flat(
                 why="a node has a fixed number of outputs",
                 todo="Let every rule, and every branch of the body, give a result of the same structure",
             )
-        return tuple(leaves[i] for i in layout.outputs)
+        return tuple(leaves[i] for i in layout.outputs) or NOTHING
 
     def part(inputs: Sequence[object]) -> tuple[object, ...]:
         return tuple(cast("Sequence[object]", graphs[0](*inputs)))
@@ -186,4 +189,16 @@ def _leaf(tensor: torch.Tensor) -> torch.Tensor:
     return (tensor.clone() if tensor.is_inference() else tensor.detach()).requires_grad_()
 
 
-TRANSFORMS: dict[str, Callable[..., Flat]] = {"vjp": vjp}
+def functional(run: Flat, written: Sequence[int]) -> Flat:
+    """``run`` without mutation: it writes to copies of the inputs ``written``, and gives them after its outputs."""
+
+    def transformed(inputs: Sequence[object]) -> tuple[object, ...]:
+        values = list(inputs)
+        for i in written:
+            values[i] = copied(cast("torch.Tensor", inputs[i]))
+        return (*run(values), *(values[i] for i in written))
+
+    return transformed
+
+
+TRANSFORMS: dict[str, Callable[..., Flat]] = {"vjp": vjp, FUNCTIONAL: functional}

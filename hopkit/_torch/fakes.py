@@ -224,6 +224,15 @@ def _autograd_keys() -> torch._C.DispatchKeySet:
 _AUTOGRAD_KEYS = _autograd_keys()
 
 
+def copied(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy that can be written to in the tensor's stead: it has the same strides."""
+    copy = tensor.clone()
+    if copy.stride() == tensor.stride():
+        return copy
+    copy = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+    return copy.copy_(tensor)
+
+
 def same_storage(left: torch.Tensor, right: torch.Tensor) -> bool:
     """Whether two stand-ins share memory."""
     if not torch._C._has_storage(left) or not torch._C._has_storage(right):  # sparse tensors hold tensors instead

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Mapping
+from typing import Protocol, cast
 
 import torch
 from torch._C import DispatchKey
 from torch._C._functorch import TransformType
+from torch._higher_order_ops.auto_functionalize import can_auto_functionalize, do_auto_functionalize_v2
+from torch._higher_order_ops.schema import HopSchema
+from torch._higher_order_ops.utils import HopInstance
+from torch._ops import HigherOrderOperator
 from torch._subclasses.functional_tensor import (
     CppFunctionalizeAPI,
     FunctionalTensor,
@@ -35,6 +39,15 @@ class Functionalizer(Protocol):
     def redispatch_to_next(self) -> contextlib.AbstractContextManager[None]:
         """Inside, this functionalization is off."""
 
+    def replace(self, input_tensor: torch.Tensor, output_tensor: torch.Tensor) -> None:
+        """Let a wrapped tensor hold a plain one."""
+
+    def commit_update(self, tensor: torch.Tensor) -> None:
+        """Let what shares memory with a wrapped tensor know."""
+
+    def sync(self, tensor: torch.Tensor) -> None:
+        """Let a wrapped tensor know what was written to its memory."""
+
 
 def kernels(rule: Callable[..., object]) -> dict[Key, Kernel]:
     """``rule(functionalizer, *args)`` under torch's three entries."""
@@ -45,6 +58,55 @@ def kernels(rule: Callable[..., object]) -> dict[Key, Kernel]:
             FunctorchFunctionalizeAPI(layer), *args, **kwargs
         ),
     }
+
+
+def active(layer: Functionalizer) -> contextlib.AbstractContextManager[object]:
+    """Inside, this functionalization is on: a mode is off while its rule runs, the two others are not."""
+    return cast("PythonFunctionalizeAPI", layer).mode if _by_mode(layer) else contextlib.nullcontext()
+
+
+def assignable(layer: Functionalizer, value: object) -> bool:
+    """Whether this is a tensor that ``layer`` wrapped: others are real, and it would write to them for good."""
+    if _by_mode(layer):
+        return isinstance(value, FunctionalTensor)
+    return isinstance(value, torch.Tensor) and torch._is_functional_tensor(value)
+
+
+def assign(layer: Functionalizer, old: torch.Tensor, new: torch.Tensor) -> None:
+    """Write ``new`` to ``old``, both wrapped."""
+    (plain,) = cast("tuple[torch.Tensor]", layer.unwrap_tensors((new,)))
+    layer.replace(old, plain)
+    layer.commit_update(old)
+    layer.sync(old)
+
+
+def automatic(
+    layer: Functionalizer,
+    operator: Callable[..., object],
+    schema: torch.FunctionSchema,
+    args: tuple[object, ...],
+    kwargs: Mapping[str, object],
+) -> object:
+    """As torch does with an operator that writes to its inputs (torch/_higher_order_ops/auto_functionalize.py).
+
+    None: not here. The same in 2.13 and 2.14; if it is gone, the op is called on copies.
+    """
+    instance = HopInstance(cast("HigherOrderOperator", operator), cast("HopSchema", schema))
+    if not _by_mode(layer) or not can_auto_functionalize(instance):
+        return None
+    mode = cast("PythonFunctionalizeAPI", layer).mode
+    return cast("object", do_auto_functionalize_v2(mode, instance, args, dict(kwargs)))
+
+
+def _by_mode(layer: object) -> bool:
+    """Whether this is the functionalization of AOTAutograd, a dispatch mode."""
+    return isinstance(layer, PythonFunctionalizeAPI)
+
+
+def memory(tensor: torch.Tensor) -> object:
+    """Equal for tensors that share memory, wrapped or not. None: nobody knows, as for a sparse one."""
+    elem = tensor.elem if isinstance(tensor, FunctionalTensor) else tensor
+    return elem.untyped_storage()._cdata if torch._C._has_storage(elem) else None
 
 
 def frozen(value: object) -> object:

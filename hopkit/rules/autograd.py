@@ -10,7 +10,8 @@ computes and its derivative as one graph, lets torch's partitioner cut it, and r
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 
@@ -43,6 +44,8 @@ def derive(call: Call) -> object:
         return call.run()
     if not needs_gradient(call.inputs):
         return below(call)
+    if call.written:
+        return copied(call, derive)
     if recording_ahead() and divisible(call):
         try:
             return apply(Divided(call), call.inputs)
@@ -59,6 +62,19 @@ def derive(call: Call) -> object:
     if hidden or call.layout is None:
         return call.run()  # autograd sees the body instead
     return apply(Derived(call), call.inputs)
+
+
+def copied(call: Call, rule: Callable[[Call], object]) -> object:
+    """Let ``rule`` answer for the op without mutation; what it writes to then holds what it gives.
+
+    Backward needs what was there before, and so a copy of it.
+    """
+    if call.entangled:
+        return call.run()
+    inputs = list(call.inputs)
+    for i in call.written:
+        inputs[i] = cast("torch.Tensor", inputs[i]).clone()
+    return call.on_copies(lambda pure: rule(pure.replace(inputs=inputs)), torch.Tensor.copy_)
 
 
 def divisible(call: Call) -> bool:
@@ -158,8 +174,11 @@ def deferred_error(call: Call) -> object:
     """Outputs whose backward raises."""
     if forward_mode():
         return call.run()
-    outputs = below(call)
-    return raise_in_backward(call.op.name)(outputs) if needs_gradient(call.inputs) else outputs
+    if not needs_gradient(call.inputs):
+        return below(call)
+    if call.written:
+        return copied(call, deferred_error)
+    return raise_in_backward(call.op.name)(below(call))
 
 
 def error(call: Call) -> object:
