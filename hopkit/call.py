@@ -70,6 +70,7 @@ class Rehearsal:
         outputs: Stand-ins of what the call gives.
         sources: Per output, the inputs that it has a gradient for. None: nobody knows.
         written: The inputs that are written to.
+        writing: Whether a graph writes to what it is called with.
     """
 
     examples: tuple[tuple[object, ...], ...]
@@ -78,6 +79,7 @@ class Rehearsal:
     outputs: object
     sources: tuple[tuple[int, ...], ...] | None
     written: frozenset[int]
+    writing: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -288,6 +290,7 @@ class Call:
         stage, watch, declared = Stage(self.inputs), Watch(), () if self.transformed else self.declared
         seen: dict[int, list[tuple[object, ...]]] = {i: [] for i in range(len(self.graphs))}
         told: list[str] = []
+        writing: list[bool] = []
 
         def stand_in(value: object) -> object:
             return stage.fake(value) if isinstance(value, torch.Tensor) and not stage.owns(value) else value
@@ -295,10 +298,12 @@ class Call:
         def probe(index: int) -> GraphLike:
             def graph(*inputs: object) -> object:
                 seen[index].append(inputs)
-                function = self.graphs[index]
+                function, before = self.graphs[index], len(watch.written)
                 with Substitute(stand_in) as mode:
                     result = (function.plain if isinstance(function, Pure) else function)(*inputs)
                 told.append(mode.opaque)
+                given = [value for value in inputs if isinstance(value, torch.Tensor)]
+                writing.append(any(watch.wrote_to(value, since=before) for value in given))
                 return result
 
             return graph
@@ -316,7 +321,8 @@ class Call:
             unknown = self.transformed and self.op.inputs is not None
             reached = None if unknown else tuple(sources(output, fakes) for output in trees.leaves(outputs))
             written = frozenset(i for i in declared if watch.wrote_to(cast("torch.Tensor", fakes[i])))
-        return Rehearsal(examples, watch.random, opaque or watch.opaque, outputs, reached, written)
+        opaque = opaque or watch.opaque
+        return Rehearsal(examples, watch.random, opaque, outputs, reached, written, any(writing))
 
     def _example(
         self, index: int, calls: Sequence[tuple[object, ...]], inputs: Sequence[object], stage: Stage

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol, cast
 
 import torch
@@ -58,6 +58,37 @@ def kernels(rule: Callable[..., object]) -> dict[Key, Kernel]:
             FunctorchFunctionalizeAPI(layer), *args, **kwargs
         ),
     }
+
+
+def functionalized(layer: Functionalizer, function: Callable[..., object]) -> Callable[..., object]:
+    """``function`` without mutation; what it writes to its arguments is copied there in the end.
+
+    AOTAutograd's functionalization drops that where torch asks for a callable; the two others copy by themselves.
+    """
+    if not _by_mode(layer):
+        return layer.functionalize(function)
+
+    def called(*args: object) -> object:
+        written: list[int] = []
+
+        def inner(*wrapped: object) -> tuple[object, ...]:
+            result = cast("Sequence[object]", function(*wrapped))
+            written.extend(i for i, value in enumerate(wrapped) if _written(value))
+            return (*result, *(wrapped[i] for i in written))
+
+        outputs = cast("Sequence[object]", layer.functionalize(inner)(*args))
+        count = len(outputs) - len(written)
+        for i, new in zip(written, outputs[count:], strict=True):
+            cast("torch.Tensor", args[i]).copy_(cast("torch.Tensor", new))
+        return tuple(outputs[:count])
+
+    return called
+
+
+def _written(value: object) -> bool:
+    if not isinstance(value, FunctionalTensor):
+        return False
+    return bool(torch._functionalize_has_data_mutation(value.elem))  # type: ignore[attr-defined] # torch's own stub
 
 
 def active(layer: Functionalizer) -> contextlib.AbstractContextManager[object]:

@@ -29,8 +29,8 @@ class FunctionalizeRule(Protocol):
 
 
 def pure(layer: Functionalizer, graph: GraphLike) -> GraphLike:
-    """``graph`` without mutation."""
-    return Pure(layer.functionalize(graph), graph)
+    """``graph`` without mutation, but for what it leaves in its inputs: that is copied there in the end."""
+    return Pure(functional.functionalized(layer, graph), graph)
 
 
 def automatic(layer: Functionalizer, call: Call) -> object:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import cast
 
+import torch
+
 from hopkit.extend import Call, OpSpec, Rule, hookimpl
 from hopkit.extend.functionalize import Functionalizer, active, assign, assignable, automatic, pure
 
@@ -20,6 +22,8 @@ def hopkit_functionalize_rule(op: OpSpec) -> Rule:
 
 def functionalize(layer: Functionalizer, call: Call) -> object:
     """Call the op below functionalization, on plain tensors and pure subgraphs."""
+    if torch.compiler.is_exporting() and not call.part and call.rehearsal.writing:
+        return in_place(layer, call)  # torch.export takes no graph that writes to what it is given
     if call.written:
         return writing(layer, call)
     inputs = layer.unwrap_tensors(call.inputs)
@@ -33,9 +37,14 @@ def functionalize(layer: Functionalizer, call: Call) -> object:
 def writing(layer: Functionalizer, call: Call) -> object:
     """As `functionalize`, for a call that writes to inputs: they are given what it wrote."""
     if call.entangled or not all(assignable(layer, call.inputs[i]) for i in call.written):
-        with active(layer):
-            return call.run()  # functionalization sees the body instead
+        return in_place(layer, call)
     found = automatic(layer, call)
     if found is not None:
         return found
     return call.on_copies(lambda copied: functionalize(layer, copied), lambda old, new: assign(layer, old, new))
+
+
+def in_place(layer: Functionalizer, call: Call) -> object:
+    """Functionalization sees the body instead of the op."""
+    with active(layer):
+        return call.run()
