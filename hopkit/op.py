@@ -235,7 +235,7 @@ class Op(Generic[P, R]):
             )
         if state.transforming() or state.forward_mode():
             return False
-        if self._asking.always or (self.spec.effectful and inductor.compiling() and state.functionalizing()):
+        if self._asking.always or (self.spec.effectful and state.functionalizing()):
             return True
         if self._declared(operands):
             return True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol, cast
 
@@ -22,6 +23,8 @@ from torch._subclasses.functional_tensor import (
 )
 
 from hopkit._torch.operator import Kernel, Key
+
+_inside: contextvars.ContextVar[bool] = contextvars.ContextVar("hopkit.functionalized", default=False)
 
 
 class Functionalizer(Protocol):
@@ -65,24 +68,33 @@ def functionalized(layer: Functionalizer, function: Callable[..., object]) -> Ca
 
     AOTAutograd's functionalization drops that where torch asks for a callable; the two others copy by themselves.
     """
-    if not _by_mode(layer):
+    if not by_mode(layer):
         return layer.functionalize(function)
 
     def called(*args: object) -> object:
         written: list[int] = []
+        token = _inside.set(True)
 
         def inner(*wrapped: object) -> tuple[object, ...]:
             result = cast("Sequence[object]", function(*wrapped))
             written.extend(i for i, value in enumerate(wrapped) if _written(value))
             return (*result, *(wrapped[i] for i in written))
 
-        outputs = cast("Sequence[object]", layer.functionalize(inner)(*args))
+        try:
+            outputs = cast("Sequence[object]", layer.functionalize(inner)(*args))
+        finally:
+            _inside.reset(token)
         count = len(outputs) - len(written)
         for i, new in zip(written, outputs[count:], strict=True):
             cast("torch.Tensor", args[i]).copy_(cast("torch.Tensor", new))
         return tuple(outputs[:count])
 
     return called
+
+
+def inside() -> bool:
+    """Whether a graph that a node carries is made functional, and not the graph that has the node."""
+    return _inside.get()
 
 
 def _written(value: object) -> bool:
@@ -93,12 +105,12 @@ def _written(value: object) -> bool:
 
 def active(layer: Functionalizer) -> contextlib.AbstractContextManager[object]:
     """Inside, this functionalization is on: a mode is off while its rule runs, the two others are not."""
-    return cast("PythonFunctionalizeAPI", layer).mode if _by_mode(layer) else contextlib.nullcontext()
+    return cast("PythonFunctionalizeAPI", layer).mode if by_mode(layer) else contextlib.nullcontext()
 
 
 def assignable(layer: Functionalizer, value: object) -> bool:
     """Whether this is a tensor that ``layer`` wrapped: others are real, and it would write to them for good."""
-    if _by_mode(layer):
+    if by_mode(layer):
         return isinstance(value, FunctionalTensor)
     return isinstance(value, torch.Tensor) and torch._is_functional_tensor(value)
 
@@ -123,13 +135,13 @@ def automatic(
     None: not here. The same in 2.13 and 2.14; if it is gone, the op is called on copies.
     """
     instance = HopInstance(cast("HigherOrderOperator", operator), cast("HopSchema", schema))
-    if not _by_mode(layer) or not can_auto_functionalize(instance):
+    if not by_mode(layer) or not can_auto_functionalize(instance):
         return None
     mode = cast("PythonFunctionalizeAPI", layer).mode
     return cast("object", do_auto_functionalize_v2(mode, instance, args, dict(kwargs)))
 
 
-def _by_mode(layer: object) -> bool:
+def by_mode(layer: Functionalizer) -> bool:
     """Whether this is the functionalization of AOTAutograd, a dispatch mode."""
     return isinstance(layer, PythonFunctionalizeAPI)
 

@@ -7,9 +7,10 @@ from typing import Protocol
 
 import torch
 
-from hopkit._torch import functional
+from hopkit._torch import effects, functional, tracing
 from hopkit._torch.functional import Functionalizer, active, assign, assignable
 from hopkit.call import Call, GraphLike, Pure
+from hopkit.extend.proxy import trace
 
 __all__ = [
     "FunctionalizeRule",
@@ -18,6 +19,7 @@ __all__ = [
     "assign",
     "assignable",
     "automatic",
+    "in_order",
     "pure",
 ]
 
@@ -43,3 +45,19 @@ def automatic(layer: Functionalizer, call: Call) -> object:
     return functional.automatic(
         layer, call.target, call.schema(call.written), (*call.graphs, *call.inputs), call.keywords
     )
+
+
+def in_order(layer: Functionalizer, call: Call) -> object:
+    """The outputs of a call that has an effect, after all effects before it: AOTAutograd threads a token through them.
+
+    None: here no token is threaded. In a graph, nodes of such ops keep the order in which they were written.
+    """
+    if torch.compiler.is_exporting() or not effects.threaded(layer):
+        return None
+    inputs = layer.unwrap_tensors(call.inputs)
+    graphs, tracer = [pure(layer, graph) for graph in call.graphs], tracing.current(inputs)
+    if tracer is not None:
+        named = zip(call.graph_names(), graphs, call.replace(inputs=inputs).examples, strict=True)
+        with tracing.not_recorded():
+            graphs = [trace(tracer, name, graph, examples) for name, graph, examples in named]
+    return effects.call(layer, call.target, (*graphs, call.inputs), call.keywords)

@@ -11,7 +11,7 @@ from typing import cast
 import torch
 
 from hopkit.extend import Call, OpSpec, Rule, hookimpl
-from hopkit.extend.functionalize import Functionalizer, active, assign, assignable, automatic, pure
+from hopkit.extend.functionalize import Functionalizer, active, assign, assignable, automatic, in_order, pure
 
 
 @hookimpl
@@ -26,6 +26,8 @@ def functionalize(layer: Functionalizer, call: Call) -> object:
         return in_place(layer, call)  # torch.export takes no graph that writes to what it is given
     if call.written:
         return writing(layer, call)
+    if call.op.effectful and (found := in_order(layer, call)) is not None:
+        return found
     inputs = layer.unwrap_tensors(call.inputs)
     # The graph of a region is pure, and may hold what torch runs below functionalization alone.
     graphs = call.graphs if call.part else [pure(layer, graph) for graph in call.graphs]
@@ -38,7 +40,7 @@ def writing(layer: Functionalizer, call: Call) -> object:
     """As `functionalize`, for a call that writes to inputs: they are given what it wrote."""
     if call.entangled or not all(assignable(layer, call.inputs[i]) for i in call.written):
         return in_place(layer, call)
-    found = automatic(layer, call)
+    found = None if call.op.effectful else automatic(layer, call)
     if found is not None:
         return found
     return call.on_copies(lambda copied: functionalize(layer, copied), lambda old, new: assign(layer, old, new))
