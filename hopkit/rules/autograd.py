@@ -79,13 +79,16 @@ def copied(call: Call, rule: Callable[[Call], object]) -> object:
 
 def divisible(call: Call) -> bool:
     """Whether the op may become two halves: it can be traced, and nobody's kernel has to see the op itself."""
-    return call.layout is not None and call.op.outputs is None and not (call.op.effectful or call.whole)
+    settled = call.op.pure and call.op.outputs is None and not call.op.effectful
+    return call.layout is not None and settled and not call.whole
 
 
 def unseen(call: Call) -> str:
     """Why running the body again in backward would give something else, or ""."""
     if call.op.effectful:
         return "it has an effect"
+    if not call.op.pure:
+        return "it is not pure, and may give something else"
     if call.op.random or call.rehearsal.random:
         return "it draws random numbers"
     return call.rehearsal.opaque
