@@ -13,7 +13,7 @@ from hopkit import layout as layouts
 from hopkit import transform
 from hopkit._torch import schema, trees
 from hopkit._torch.autograd import computed, needs_gradient
-from hopkit._torch.fakes import Stage, outside_modes
+from hopkit._torch.fakes import Stage, outside_modes, together
 from hopkit._torch.functional import memory
 from hopkit._torch.watch import Same, Substitute, Watch, custom_backward, sources
 from hopkit.codec import Slot
@@ -251,7 +251,8 @@ class Call:
 
     def schema(self, mutated: Sequence[int]) -> torch.FunctionSchema:
         """torch's schema of the node, with the inputs ``mutated`` marked as written to."""
-        outputs = self.like_inputs() if self.derivative and not self.part else self.rehearsal.outputs
+        call = self.replace(inputs=together(self.inputs))
+        outputs = call.like_inputs() if self.derivative and not self.part else call.rehearsal.outputs
         return schema.generate(
             self.target, self.graphs, self.inputs, self.nested, self.keywords, trees.leaves(outputs), mutated
         )

@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from functorch.compile import aot_function, make_boxed_func  # type: ignore[import-untyped] # torch's own
+from functorch.compile import (  # type: ignore[import-untyped] # torch's own
+    aot_function,
+    make_boxed_func,
+    min_cut_rematerialization_partition,
+)
 from torch import Tensor
+from torch._higher_order_ops.schema import find_hop_schema
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import hopkit
 from hopkit import Op, Subgraph
 from hopkit._torch import trees
-from hopkit.errors import HopkitError
+from hopkit.errors import AutogradError
 from tests.recording import nodes, plainly, record, same, trained
 
-pytestmark = pytest.mark.usefixtures("hopkit_fresh")
+pytestmark = [
+    pytest.mark.usefixtures("hopkit_fresh"),
+    pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning"),  # torch's, of its own code
+    pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning"),  # torch 2.13, of its own pytrees
+]
 
 Function = Callable[..., Any]
 
@@ -101,7 +111,7 @@ def a_kernel(kernel: Function, update: Function, out: Tensor, x: Tensor) -> Tens
     return out + 1
 
 
-def body_and_subgraph(kernel: Function, update: Function, out: Tensor, x: Tensor) -> Tensor:
+def body_and_subgraph(kernel: Function, update: Op[..., Tensor], out: Tensor, x: Tensor) -> Tensor:
     y = update(lambda y: y * x, out, x)
     return y + out
 
@@ -154,7 +164,7 @@ WRITES = {"a_kernel": 1, "body_and_subgraph": 1, "views": 3, "in_a_loop": 3, "a_
 def test_make_fx_keeps_one_node(name: str) -> None:
     run, ops = bound(name)
     for options in ({}, {"tracing_mode": "symbolic"}, {"pre_dispatch": True}):
-        graph = make_fx(run, **options)(*inputs())  # type: ignore[arg-type] # options of several types
+        graph = make_fx(run, **options)(*inputs())
         graph.graph.eliminate_dead_code()
         graph.recompile()
         assert kept([graph], ops) == WRITES[name]
@@ -223,7 +233,7 @@ def through_a_view(kernel: Function, update: Function, out: Tensor, x: Tensor) -
     return out * out
 
 
-def saved_before(kernel: Function, update: Function, out: Tensor, x: Tensor) -> Tensor:
+def saved_before(kernel: Function, update: Op[..., Tensor], out: Tensor, x: Tensor) -> Tensor:
     out = out.sin()
     y = update(lambda y: y * x, out.clone(), x)
     return y + out
@@ -274,7 +284,13 @@ def test_a_graph_that_trains_has_a_node_for_each_half() -> None:
         kernel(lambda o, y: o.mul_(y).sin_(), out, x)
         return out * out
 
-    recorded, graphs = ahead(run)
+    graphs: list[GraphModule] = []
+
+    def keep(graph: GraphModule, _: object) -> object:
+        graphs.append(graph)
+        return make_boxed_func(graph.forward)
+
+    recorded = aot_function(run, keep, partition_fn=min_cut_rematerialization_partition)
     same(trained(recorded)(*leaves()), plainly(trained(run), *leaves()))
     forward, backward = graphs
     assert nodes(forward, kernel) == nodes(backward, kernel) == 1
@@ -290,15 +306,15 @@ def test_a_second_derivative() -> None:
     same(record(trained(run, second=True), *leaves())(*leaves()), plainly(trained(run, second=True), *leaves()))
 
 
-@pytest.mark.parametrize("recorder", ["make_fx", "aot", "compile"])
+@pytest.mark.parametrize("recorder", ["make_fx", "compile"])
 def test_a_leaf_that_requires_a_gradient_is_refused_as_in_eager(recorder: str) -> None:
     kernel = define_kernel()
     recorders: dict[str, Function] = {
         "make_fx": lambda run: make_fx(run)(*leaves()),
-        "aot": lambda run: ahead(run)[0](*leaves()),
         "compile": lambda run: compiled(run)[0](*leaves()),
     }
-    with pytest.raises(Exception, match="leaf Variable that requires grad|HopkitWarning|cannot be rehearsed"):
+    warnings.simplefilter("ignore", hopkit.HopkitWarning)  # its body cannot be rehearsed
+    with pytest.raises(Exception, match="leaf Variable that requires grad"):
         recorders[recorder](lambda out, x: kernel(fill, out, x))
 
 
@@ -311,7 +327,8 @@ def test_a_parameter_is_written_to_where_gradients_are_off() -> None:
 
     for recorded in (record(step, *leaves()), ahead(step)[0], compiled(step)[0]):
         mine, others = leaves(), leaves()
-        recorded(*mine)
+        with torch.no_grad():
+            recorded(*mine)
         step(*others)
         same(mine, others)
 
@@ -321,7 +338,7 @@ def test_a_parameter_is_written_to_where_gradients_are_off() -> None:
     "use",
     [
         lambda kernel, out, x: kernel(lambda o, y: o.add_(y.clone()), out, out[0].expand(3, 3)),
-        lambda kernel, out, x: kernel(lambda o, y: o.add_(y * out), out, x),
+        lambda kernel, out, x: kernel(lambda o, y: o.add_(y + out), out, x),
         lambda kernel, out, x: kernel(lambda o, y: o.add_(y), out, out),
         lambda kernel, out, x: kernel(lambda o, y: o.add_(y), out[0], out[1]),
     ],
@@ -403,8 +420,8 @@ def test_a_view_that_a_subgraph_gives_of_what_is_written_to() -> None:
     def run(out: Tensor, x: Tensor) -> Tensor:
         return view(lambda o, y: o.add_(y)[0], out, x)
 
+    recorded = ahead(run)[0]
     with pytest.warns(hopkit.HopkitWarning, match="a view that a subgraph gives of what it is given"):
-        recorded = ahead(run)[0]
         compare(run, recorded)
 
 
@@ -463,9 +480,11 @@ def test_policies(autograd: Any) -> None:
 
     compare(run, record(run, *inputs()))
     compare(run, ahead(run)[0])
-    with pytest.raises(RuntimeError, match="policy") as caught:
-        run(*leaves()).sum().backward()
-    assert isinstance(caught.value, HopkitError) or autograd == "deferred_error"
+    if autograd == "error":
+        with pytest.raises(AutogradError, match="t_policy"):
+            run(*leaves())
+    else:  # what is written to is no output of the op
+        same(trained(ahead(run)[0])(*leaves()), plainly(trained(run), *leaves()))
 
 
 def test_a_kernel_by_hand_writes_too() -> None:
@@ -537,16 +556,17 @@ def saved(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram
 def test_export(strict: bool) -> None:
     kernel = define_kernel()
     x = inputs()[1]
-    program = torch.export.export(Model(kernel), (x,), strict=strict)
-    assert nodes(program.graph_module, kernel) == 1
-    for module in (
-        program.module(),
-        saved(program).module(),
-        torch.export.unflatten(program),
-        program.run_decompositions().module(),
-        saved(program.run_decompositions()).module(),
-    ):
-        model = Model(kernel)
+    ways: list[Function] = [
+        lambda program: program.module(),
+        lambda program: saved(program).module(),
+        lambda program: torch.export.unflatten(program),
+        lambda program: program.run_decompositions().module(),
+        lambda program: saved(program.run_decompositions()).module(),
+    ]
+    for way in ways:
+        program = torch.export.export(Model(kernel), (x,), strict=strict)
+        assert nodes(program.graph_module, kernel) == 1
+        model, module = Model(kernel), way(program)
         with torch.no_grad():
             same((module(x), module(x)), (plainly(model, x), plainly(model, x)))
         same(dict(module.named_buffers())["total"], model.total)
@@ -585,7 +605,7 @@ def test_dynamic_sizes() -> None:
         kernel(lambda o, y: o.add_(y * y.shape[0]), out[1:], x[1:])
         return out * out.shape[0]
 
-    graph = make_fx(run, tracing_mode="symbolic")(*inputs())
+    graph = make_fx(run, tracing_mode="symbolic")(torch.ones(4, 3), torch.ones(4, 3))
     torch.compiler.reset()
     recorded = torch.compile(run, backend="aot_eager", fullgraph=True, dynamic=True)
     for size in (3, 5, 8):
@@ -628,7 +648,160 @@ def test_transforms_see_the_body() -> None:
             kernel(fill, o, y)
             return o * y
 
-        return torch.vmap(one)(out, x) + torch.func.grad(lambda y: one(out, y).sum())(x)
+        slope: Tensor = torch.func.grad(lambda y: one(out, y).sum())(x)
+        return torch.vmap(one)(out, x) + slope
 
     for recorded in (run, record(run, *inputs()), ahead(run)[0]):
         compare(run, recorded)
+
+
+def test_an_option_that_is_called_as_torch_calls_an_input() -> None:
+    @hopkit.define("t_named", mutates=("x",))
+    def named(body: Subgraph, x: Tensor, *, input0: float = 3.0, graph0: int = 2) -> Tensor:
+        x.mul_(input0)
+        return body(x) * graph0
+
+    def run(out: Tensor, x: Tensor) -> Tensor:
+        return named(torch.sin, out) + x
+
+    recorded, graphs = ahead(run)
+    compare(run, recorded)
+    assert nodes(graphs[0], named) == 1
+
+
+# -- aliases ---------------------------------------------------------------------------------------------------------
+
+
+def output_written(op: Function, x: Tensor, w: Tensor) -> object:
+    row, rest = op(lambda y: (y[0], y * w), x)
+    row.add_(1)
+    return row, rest
+
+
+def operand_written(op: Function, x: Tensor, w: Tensor) -> object:
+    row, rest = op(lambda y: (y.t(), y * w), x)
+    x.mul_(2)
+    return row * 1, rest
+
+
+def both_written(op: Function, x: Tensor, w: Tensor) -> object:
+    x = x * 1
+    flat, part = op(lambda y: (y.view(-1), y[1:]), x)
+    flat.add_(1)
+    x[0].mul_(3)
+    part.sub_(w[1:])
+    return x * 1, flat * 1, part * 1
+
+
+def a_part_of_a_part(op: Function, x: Tensor, w: Tensor) -> object:
+    part, _ = op(lambda y: (y[1:], y * w), x)
+    smaller, rest = op(lambda y: (y[0], y + 1), part)
+    smaller.fill_(7)
+    return part * 1, rest
+
+
+@pytest.mark.parametrize("declared", [(), ("x",)])
+@pytest.mark.parametrize("use", [output_written, operand_written, both_written, a_part_of_a_part])
+def test_outputs_that_are_views(use: Function, declared: tuple[str, ...]) -> None:
+    @hopkit.define("t_pair", aliases=declared)
+    def pair(body: Subgraph[tuple[Tensor, Tensor]], x: Tensor) -> tuple[Tensor, Tensor]:
+        return body(x)
+
+    def run(x: Tensor, w: Tensor) -> list[Tensor]:
+        return list(use(pair, x, w))
+
+    recorders: list[Callable[[], Function]] = [
+        lambda: torch.func.functionalize(run),
+        lambda: record(run, *inputs()),
+        lambda: make_fx(run, pre_dispatch=True)(*inputs()),
+        lambda: make_fx(torch.func.functionalize(run))(*inputs()),
+        lambda: ahead(run)[0],
+        lambda: torch.compile(run, backend="aot_eager", fullgraph=True),
+        lambda: torch.compile(run, fullgraph=True),
+    ]
+    for recorder in recorders:
+        torch.compiler.reset()
+        with warnings.catch_warnings():
+            if not declared:  # tests/test_properties.py has the warnings
+                warnings.simplefilter("ignore", hopkit.HopkitWarning)
+            compare(run, recorder())
+
+
+# -- schemas ---------------------------------------------------------------------------------------------------------
+
+
+def shown(graph: GraphModule, op: Op[..., Any]) -> list[str]:
+    """The schemas of an op's nodes, without the layout."""
+    return [str(schema).replace("(", " ").split("hopkit")[0] for schema in find_hop_schema(graph, op.operator)]
+
+
+def returned(graph: GraphModule, op: Op[..., Any]) -> list[int]:
+    """How many outputs each node has, by its schema."""
+    counts = []
+    for schema in find_hop_schema(graph, op.operator):
+        kinds = [str(value.type) for value in schema.returns]
+        counts.append(kinds[0].count("Tensor") if len(kinds) == 1 else len(kinds))
+    return counts
+
+
+def test_a_schema_marks_what_is_declared_and_counts_what_comes_out() -> None:
+    @hopkit.define("t_wide", mutates=("xs",))
+    def wide(
+        body: Subgraph,
+        others: tuple[Subgraph, ...],
+        xs: list[Tensor],
+        x: Tensor,
+        *,
+        a: int = 1,
+        b: float = 2.0,
+        c: str | None = None,
+        to: torch.dtype = torch.float32,
+        where: torch.device = torch.device("cpu"),  # noqa: B008 # a constant
+        d: bool = True,
+    ) -> dict[str, object]:
+        xs[0].add_(body(x))
+        return {"y": others[0](xs[1]), "none": None, "number": 3, "x": x, "z": others[1](x)}
+
+    def run(out: Tensor, x: Tensor) -> object:
+        return wide(torch.sin, (torch.cos, lambda y: y * out), [out, x], out * x)
+
+    for options in ({}, {"tracing_mode": "symbolic"}):
+        graph = make_fx(run, **options)(*inputs())  # type: ignore[arg-type] # options of several types
+        (text,) = shown(graph, wide)
+        assert text.startswith(
+            "t_wide Any graph0, Any graph1, Any graph2, Tensor a3!) input0, Tensor a4!) input1, Tensor"
+        )
+        assert "int a, float b, NoneType c, int to, Device where, bool d" in text
+        assert returned(graph, wide) == [2]
+
+
+def test_a_schema_without_outputs() -> None:
+    kernel = define_kernel()
+    graph = record(lambda out, x: kernel(fill, out, x), *inputs())
+    assert shown(graph, kernel) == ["t_kernel Any graph0, Tensor a1!) input0, Tensor input1, str "]
+    assert returned(graph, kernel) == [0]
+    assert "Tensor(a1!) input0" in str(kernel.operator.gen_schema(fill, *inputs()))
+
+
+def test_schemas_of_what_is_made_of_an_op() -> None:
+    update = define_update()
+
+    def run(out: Tensor, x: Tensor) -> Tensor:
+        return update(lambda y: y * x, out * 2, x)
+
+    pure = make_fx(torch.func.functionalize(run))(*inputs())
+    assert returned(pure, update) == [2]
+    forward, backward = find_hop_schema(record(trained(run), *leaves()), update.operator)
+    assert len(forward.returns) == 2
+    assert len(backward.returns) == 3  # the operands, and the capture
+    assert not any(a.alias_info and a.alias_info.is_write for s in (forward, backward) for a in s.arguments)
+
+
+def test_a_schema_counts_where_inputs_are_declared() -> None:
+    @hopkit.define("t_given", inputs=lambda body, x: ((x,),))
+    def given(body: Subgraph[tuple[Tensor, Tensor]], x: Tensor) -> tuple[Tensor, int, Tensor, Tensor]:
+        first, second = body(x)
+        return x, 3, first, second
+
+    graph = record(lambda out, x: given(lambda y: (y + 1, y * x), out), *inputs())
+    assert returned(graph, given) == [2]

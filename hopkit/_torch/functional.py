@@ -135,7 +135,8 @@ def automatic(
     None: not here. The same in 2.13 and 2.14; if it is gone, the op is called on copies.
     """
     instance = HopInstance(cast("HigherOrderOperator", operator), cast("HopSchema", schema))
-    if not by_mode(layer) or not can_auto_functionalize(instance):
+    names = [argument.name for argument in schema.arguments]  # an option may be called as torch calls an input
+    if not by_mode(layer) or not can_auto_functionalize(instance) or len(set(names)) < len(names):
         return None
     mode = cast("PythonFunctionalizeAPI", layer).mode
     return cast("object", do_auto_functionalize_v2(mode, instance, args, dict(kwargs)))

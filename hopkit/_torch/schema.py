@@ -27,8 +27,8 @@ def generate(
     for i, value in enumerate(inputs):
         generator.add_arg(f"input{i}", value, is_mutated=i in mutated)
     for name, value in keywords.items():
-        # Not by keyword alone: where a schema has the tree of the arguments, torch passes them all by position.
-        generator.add_arg(name, value, default_value=value)
+        # Neither by keyword alone nor with a default: torch passes all that the tree of the arguments has, by position.
+        generator.add_arg(name, value)
     for value in outputs:
         generator.add_output(value)
     generator.add_schema_tree_spec(*graphs, nested, **keywords)

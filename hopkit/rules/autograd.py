@@ -10,7 +10,7 @@ computes and its derivative as one graph, lets torch's partitioner cut it, and r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -45,7 +45,7 @@ def derive(call: Call) -> object:
     if not needs_gradient(call.inputs):
         return below(call)
     if call.written:
-        return copied(call, derive)
+        return copied(call)
     if recording_ahead() and divisible(call):
         try:
             return apply(Divided(call), call.inputs)
@@ -64,8 +64,8 @@ def derive(call: Call) -> object:
     return apply(Derived(call), call.inputs)
 
 
-def copied(call: Call, rule: Callable[[Call], object]) -> object:
-    """Let ``rule`` answer for the op without mutation; what it writes to then holds what it gives.
+def copied(call: Call) -> object:
+    """Differentiate the op without mutation; what it writes to then holds what it gives.
 
     Backward needs what was there before, and so a copy of it.
     """
@@ -74,7 +74,7 @@ def copied(call: Call, rule: Callable[[Call], object]) -> object:
     inputs = list(call.inputs)
     for i in call.written:
         inputs[i] = cast("torch.Tensor", inputs[i]).clone()
-    return call.on_copies(lambda pure: rule(pure.replace(inputs=inputs)), torch.Tensor.copy_)
+    return call.on_copies(lambda pure: derive(pure.replace(inputs=inputs)), torch.Tensor.copy_)
 
 
 def divisible(call: Call) -> bool:
@@ -179,9 +179,8 @@ def deferred_error(call: Call) -> object:
         return call.run()
     if not needs_gradient(call.inputs):
         return below(call)
-    if call.written:
-        return copied(call, deferred_error)
-    return raise_in_backward(call.op.name)(below(call))
+    # What is written to is no output: it has its gradient, as in eager.
+    return raise_in_backward(call.op.name)(call.run() if call.written else below(call))
 
 
 def error(call: Call) -> object:
