@@ -11,17 +11,19 @@ import pytest
 import torch
 from functorch.compile import (  # type: ignore[import-untyped] # torch's own
     aot_function,
+    aot_module_simplified,
     make_boxed_func,
     min_cut_rematerialization_partition,
 )
 from torch import Tensor
-from torch._higher_order_ops.schema import find_hop_schema
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.node import map_arg
 
 import hopkit
 from hopkit import Op, Subgraph
 from hopkit._torch import trees
+from hopkit._torch.inductor import written
 from hopkit.errors import AutogradError
 from tests.recording import nodes, plainly, record, same, trained
 
@@ -86,10 +88,8 @@ def compiled(function: Function) -> tuple[Function, list[GraphModule], list[Grap
         return make_boxed_func(graph.forward)
 
     def backend(graph: GraphModule, examples: list[Tensor]) -> object:
-        from torch._dynamo.backends.common import aot_autograd
-
         first.append(graph)
-        return aot_autograd(fw_compiler=keep)(graph, examples)
+        return aot_module_simplified(graph, examples, fw_compiler=keep)
 
     torch.compiler.reset()
     return torch.compile(function, backend=backend, fullgraph=True), first, then
@@ -213,16 +213,15 @@ def test_inductor_writes_to_the_buffer(name: str) -> None:
 def test_inductor_writes_without_a_copy() -> None:
     kernel = define_kernel()
     torch.compiler.reset()
-    from torch._inductor.utils import run_and_get_code
 
     def run(out: Tensor, x: Tensor) -> None:
         kernel(fill, out, x)
 
     mine, x = inputs()
     with torch.no_grad():
-        _, code = run_and_get_code(torch.compile(run, fullgraph=True), mine, x)
+        _, code = written(torch.compile(run, fullgraph=True), mine, x)
     same(mine, x.sin() * 2)
-    assert "".join(code).count("empty_strided_cpu(") == 0
+    assert code.count("empty_strided_cpu(") == 0
 
 
 # Uses that eager autograd permits: what is written to is no leaf.
@@ -669,6 +668,64 @@ def test_an_option_that_is_called_as_torch_calls_an_input() -> None:
     assert nodes(graphs[0], named) == 1
 
 
+# -- what is not declared --------------------------------------------------------------------------------------------
+
+
+class Silent(torch.nn.Module):
+    """Calls an op whose subgraph writes to its operand, which is not declared."""
+
+    def __init__(self) -> None:
+        super().__init__()
+
+        @hopkit.define("t_silent")
+        def silent(body: Subgraph, x: Tensor) -> Tensor:
+            return body(x)
+
+        self.op: Op[..., Tensor] = silent
+
+    def forward(self, out: Tensor, x: Tensor) -> Tensor:
+        out = out * 1
+        return self.op(lambda y: y.add_(x), out) + out
+
+
+UNDECLARED: dict[str, Callable[[Silent], Function]] = {
+    "make_fx": lambda model: make_fx(model)(*inputs()),
+    "make_fx functionalize": lambda model: make_fx(torch.func.functionalize(model))(*inputs()),
+    "aot": lambda model: ahead(model)[0],
+    "aot_eager": lambda model: torch.compile(model, backend="aot_eager", fullgraph=True),
+    "inductor": lambda model: torch.compile(model, fullgraph=True),
+    "export": lambda model: torch.export.export(model, tuple(inputs())).module(),
+    "strict export": lambda model: torch.export.export(model, tuple(inputs()), strict=True).module(),
+    "run_decompositions": lambda model: torch.export.export(model, tuple(inputs())).run_decompositions().module(),
+}
+
+
+def recorded_and_run(recorder: str, model: Silent) -> None:
+    torch.compiler.reset()
+    compare(model, UNDECLARED[recorder](model))
+
+
+@pytest.mark.parametrize("recorder", UNDECLARED)
+def test_an_undeclared_write_is_right_and_warned_of(recorder: str) -> None:
+    model = Silent()
+    told = """op 't_silent' is not kept.*it writes to operand 'x'.*Declare `mutates=\\("x",\\)`"""
+    with pytest.warns(hopkit.HopkitWarning, match=told) as caught:
+        recorded_and_run(recorder, model)
+    assert len({str(w.message) for w in caught if issubclass(w.category, hopkit.HopkitWarning)}) == 1
+
+
+@pytest.mark.parametrize("recorder", UNDECLARED)
+def test_an_undeclared_write_is_an_error_where_we_are_strict(recorder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Silent()
+    monkeypatch.setenv("HOPKIT_STRICT", "1")
+    with pytest.raises(Exception, match=r"op 't_silent'.*it writes to operand 'x'"):
+        recorded_and_run(recorder, model)
+    monkeypatch.delenv("HOPKIT_STRICT")
+    kernel = define_kernel()  # what failed has left nothing behind
+    graph = record(lambda out, x: a_kernel(kernel, kernel, out, x), *inputs())
+    assert nodes(graph, kernel) == 1
+
+
 # -- aliases ---------------------------------------------------------------------------------------------------------
 
 
@@ -717,8 +774,9 @@ def test_outputs_that_are_views(use: Function, declared: tuple[str, ...]) -> Non
         lambda: make_fx(torch.func.functionalize(run))(*inputs()),
         lambda: ahead(run)[0],
         lambda: torch.compile(run, backend="aot_eager", fullgraph=True),
-        lambda: torch.compile(run, fullgraph=True),
     ]
+    if declared:
+        recorders.append(lambda: torch.compile(run, fullgraph=True))
     for recorder in recorders:
         torch.compiler.reset()
         with warnings.catch_warnings():
@@ -730,15 +788,23 @@ def test_outputs_that_are_views(use: Function, declared: tuple[str, ...]) -> Non
 # -- schemas ---------------------------------------------------------------------------------------------------------
 
 
+def schemas(graph: GraphModule, op: Op[..., Any]) -> list[Any]:
+    def value(node: Node) -> Any:
+        return graph.get_submodule(str(node.target)) if node.op == "get_attr" else node.meta["val"]
+
+    calls = graph.graph.find_nodes(op="call_function", target=op.operator)
+    return [op.operator.gen_schema(*map_arg(call.args, value), **call.kwargs) for call in calls]
+
+
 def shown(graph: GraphModule, op: Op[..., Any]) -> list[str]:
     """The schemas of an op's nodes, without the layout."""
-    return [str(schema).replace("(", " ").split("hopkit")[0] for schema in find_hop_schema(graph, op.operator)]
+    return [str(schema).replace("(", " ").split("hopkit")[0] for schema in schemas(graph, op)]
 
 
 def returned(graph: GraphModule, op: Op[..., Any]) -> list[int]:
     """How many outputs each node has, by its schema."""
     counts = []
-    for schema in find_hop_schema(graph, op.operator):
+    for schema in schemas(graph, op):
         kinds = [str(value.type) for value in schema.returns]
         counts.append(kinds[0].count("Tensor") if len(kinds) == 1 else len(kinds))
     return counts
@@ -791,7 +857,7 @@ def test_schemas_of_what_is_made_of_an_op() -> None:
 
     pure = make_fx(torch.func.functionalize(run))(*inputs())
     assert returned(pure, update) == [2]
-    forward, backward = find_hop_schema(record(trained(run), *leaves()), update.operator)
+    forward, backward = schemas(record(trained(run), *leaves()), update)
     assert len(forward.returns) == 2
     assert len(backward.returns) == 3  # the operands, and the capture
     assert not any(a.alias_info and a.alias_info.is_write for s in (forward, backward) for a in s.arguments)
