@@ -638,6 +638,15 @@ def test_what_is_declared_and_does_not_happen() -> None:
     same(trained(ahead(run)[0])(*leaves()), plainly(trained(run), *leaves()))
 
 
+@pytest.mark.parametrize("name", USES)
+def test_flatten(name: str) -> None:
+    run, ops = bound(name)
+    for graph in (make_fx(run)(*inputs()), make_fx(torch.func.functionalize(run))(*inputs())):
+        flat = hopkit.flatten(graph)
+        assert kept([flat], ops) == 0
+        compare(run, flat)
+
+
 def test_transforms_see_the_body() -> None:
     kernel = define_kernel()
 
