@@ -11,8 +11,10 @@ import torch
 
 from hopkit import layout as layouts
 from hopkit import transform
-from hopkit._torch import trees
-from hopkit._torch.fakes import Stage, outside_modes
+from hopkit._torch import schema, trees
+from hopkit._torch.autograd import computed, needs_gradient
+from hopkit._torch.fakes import Stage, outside_modes, together
+from hopkit._torch.functional import memory
 from hopkit._torch.watch import Same, Substitute, Watch, custom_backward, sources
 from hopkit.codec import Slot
 from hopkit.layout import Layout, Meta
@@ -67,6 +69,8 @@ class Rehearsal:
         opaque: Why a recorded graph cannot be differentiated, or "".
         outputs: Stand-ins of what the call gives.
         sources: Per output, the inputs that it has a gradient for. None: nobody knows.
+        written: The inputs that are written to.
+        writing: Whether a graph writes to what it is called with.
     """
 
     examples: tuple[tuple[object, ...], ...]
@@ -74,6 +78,8 @@ class Rehearsal:
     opaque: str
     outputs: object
     sources: tuple[tuple[int, ...], ...] | None
+    written: frozenset[int]
+    writing: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,6 +202,62 @@ class Call:
         return self.layout is not None and bool(self.layout.transforms)
 
     @property
+    def derivative(self) -> bool:
+        """Whether this is a transform of the op that computes something else than the op."""
+        return self.layout is not None and any(name != layouts.FUNCTIONAL for name, *_ in self.layout.transforms)
+
+    @functools.cached_property
+    def written(self) -> tuple[int, ...]:
+        """The inputs that the call writes to, as its op declares. Such a call is no function of its inputs.
+
+        What the body of an op with ``outputs=`` writes to cannot be learnt: all that is declared counts.
+        """
+        if self.transformed or not self.declared:
+            return ()
+        return tuple(i for i in self.declared if self.op.outputs is not None or i in self.rehearsal.written)
+
+    @property
+    def declared(self) -> tuple[int, ...]:
+        """The tensors among the inputs that the op's author says it may write to."""
+        tensors = (i for i, value in enumerate(self.inputs) if self.op.mutates and isinstance(value, torch.Tensor))
+        return tuple(i for i in tensors if self.parameter(i) in self.op.mutates)
+
+    @property
+    def entangled(self) -> bool:
+        """Whether an input that the call writes to shares memory with another: copies of them would be two."""
+        held = [memory(value) if isinstance(value, torch.Tensor) else None for value in self.inputs]
+        return any(held[i] is None or held.count(held[i]) > 1 for i in self.written)
+
+    def functional(self) -> Call:
+        """The call without mutation: it gives, after its outputs, what the inputs ``written`` are to hold."""
+        assert self.layout is not None
+        step = (layouts.FUNCTIONAL, self.written)
+        return self.replace(layout=dataclasses.replace(self.layout, transforms=(*self.layout.transforms, step)))
+
+    def on_copies(
+        self, rule: Callable[[Call], object], write: Callable[[torch.Tensor, torch.Tensor], object]
+    ) -> object:
+        """What ``rule`` gives for the call without mutation, once its inputs hold what it gives for them.
+
+        Args:
+            rule: Answers for `functional`.
+            write: Called with every input that the call writes to, and what it is to hold.
+        """
+        outputs = cast("Sequence[torch.Tensor]", rule(self.functional()))
+        count = len(outputs) - len(self.written)
+        for i, new in zip(self.written, outputs[count:], strict=True):
+            write(cast("torch.Tensor", self.inputs[i]), new)
+        return tuple(outputs[:count])
+
+    def schema(self, mutated: Sequence[int]) -> torch.FunctionSchema:
+        """torch's schema of the node, with the inputs ``mutated`` marked as written to."""
+        call = self.replace(inputs=together(self.inputs))
+        outputs = call.like_inputs() if self.derivative and not self.part else call.rehearsal.outputs
+        return schema.generate(
+            self.target, self.graphs, self.inputs, self.nested, self.keywords, trees.leaves(outputs), mutated
+        )
+
+    @property
     def part(self) -> str:
         """Which part of an op that trains this is, "forward" or "backward"; "" for a call of the op itself."""
         return self.layout.region if self.layout else ""
@@ -236,9 +298,10 @@ class Call:
     @functools.cached_property
     def rehearsal(self) -> Rehearsal:
         """What the call does, learnt by running it once on stand-ins."""
-        stage, watch = Stage(self.inputs), Watch()
+        stage, watch, declared = Stage(self.inputs), Watch(), () if self.transformed else self.declared
         seen: dict[int, list[tuple[object, ...]]] = {i: [] for i in range(len(self.graphs))}
         told: list[str] = []
+        writing: list[bool] = []
 
         def stand_in(value: object) -> object:
             return stage.fake(value) if isinstance(value, torch.Tensor) and not stage.owns(value) else value
@@ -246,16 +309,20 @@ class Call:
         def probe(index: int) -> GraphLike:
             def graph(*inputs: object) -> object:
                 seen[index].append(tuple(map(stage.plain, inputs)))
-                function = self.graphs[index]
+                function, before = self.graphs[index], len(watch.written)
                 with Substitute(stand_in) as mode:
                     result = (function.plain if isinstance(function, Pure) else function)(*inputs)
                 told.append(mode.opaque)
+                given = [value for value in inputs if isinstance(value, torch.Tensor)]
+                writing.append(any(watch.wrote_to(value, since=before) for value in given))
                 return result
 
             return graph
 
         with stage.open():
             fakes = tuple(map(stand_in, self.inputs))
+            # What requires a gradient and is written to was computed, or gradients are off where it counts.
+            fakes = tuple(_writable(fake) if i in declared else fake for i, fake in enumerate(fakes))
             rehearsed = self.replace(graphs=[probe(i) for i in range(len(self.graphs))], inputs=fakes)
             with watch:
                 outputs = rehearsed.like_body()
@@ -264,7 +331,9 @@ class Call:
             # What was rehearsed is then the op itself, and not what a transform made of it.
             unknown = self.transformed and self.op.inputs is not None
             reached = None if unknown else tuple(sources(output, fakes) for output in trees.leaves(outputs))
-        return Rehearsal(examples, watch.random, opaque or watch.opaque, outputs, reached)
+            written = frozenset(i for i in declared if watch.wrote_to(cast("torch.Tensor", fakes[i])))
+        opaque = opaque or watch.opaque
+        return Rehearsal(examples, watch.random, opaque, outputs, reached, written, any(writing))
 
     def _example(
         self, index: int, calls: Sequence[tuple[object, ...]], inputs: Sequence[object], stage: Stage
@@ -288,5 +357,14 @@ class Call:
         """What the call gives, on stand-ins. An op that decides on values declares it: ``inputs=`` and ``outputs=``."""
         if self.op.inputs is None or self.part:
             return self.run()
-        base = self if self.layout is None else self.replace(layout=dataclasses.replace(self.layout, transforms=()))
-        return run_or_examples(self.op, base.values())
+        if self.layout is None:
+            return run_or_examples(self.op, self.values())
+        base = self.replace(layout=dataclasses.replace(self.layout, transforms=()))
+        leaves = trees.leaves(run_or_examples(self.op, base.values()))
+        written = self.layout.transforms[0][1] if self.transformed and not self.derivative else ()
+        copies = (torch.empty_like(cast("torch.Tensor", self.inputs[i])) for i in cast("tuple[int, ...]", written))
+        return (*([leaves[i] for i in self.layout.outputs] or transform.NOTHING), *copies)
+
+
+def _writable(fake: object) -> object:
+    return computed(cast("torch.Tensor", fake)) if needs_gradient([fake]) else fake

@@ -243,7 +243,8 @@ def _traced(call: Call, functional: bool) -> GraphModule:
         return call.replace(inputs=inputs).run()
 
     try:
-        return retrace(run, call.inputs, derivative=call.transformed, functional=functional)
+        written = () if call.transformed else call.declared
+        return retrace(run, call.inputs, derivative=call.derivative, functional=functional, written=written)
     except Lost as lost:
         raise AutogradError(
             f"op '{call.op.name}'",

@@ -62,7 +62,7 @@ def _inlining(op: str, kernel: Kernel, answers: Sequence[Answer], decode: Decode
         devices = {"", *(value.device.type for value in call.inputs if isinstance(value, torch.Tensor))}
         rules = _rules([answer for answer in answers if answer.device in devices])
         with mode:
-            return call.run(None if call.transformed else lambda *a, **k: ask(op, "device", rules, *a, **k))
+            return call.run(None if call.derivative else lambda *a, **k: ask(op, "device", rules, *a, **k))
 
     return inlining
 
@@ -76,16 +76,30 @@ def _call_back(mode: DispatchMode, call: Call) -> object:
             todo='Give it code of its own (`@op.rule("inductor")`), or compile it with torch.compile',
         )
 
+    if call.entangled:
+        raise RuleError(
+            f"op '{call.op.name}'",
+            "writes to an operand that shares memory with another input, and compiled code calls it back",
+            why="what it writes is copied back, and the other input would not see it",
+            todo="Pass a copy of one of the two",
+        )
+    with mode:
+        return call.on_copies(_called, torch.Tensor.copy_) if call.written else _called(call)
+
+
+def _called(call: Call) -> object:
     def run(inputs: Sequence[object]) -> Sequence[torch.Tensor]:
-        return cast("Sequence[torch.Tensor]", call.target(*call.graphs, tuple(inputs), **call.keywords))
+        return _tensors(call.target(*call.graphs, tuple(inputs), **call.keywords))
 
     def like(inputs: Sequence[object]) -> Sequence[torch.Tensor]:
         again = call.replace(inputs=inputs)
-        found = again.like_inputs() if call.transformed else again.like_body()
-        return [leaf for leaf in trees.leaves(found) if isinstance(leaf, torch.Tensor)]
+        return _tensors(again.like_inputs() if call.derivative else again.like_body())
 
-    with mode:
-        return library.call(run, like, call.inputs, effect=call.op.effectful)
+    return library.call(run, like, call.inputs, effect=call.op.effectful)
+
+
+def _tensors(values: object) -> list[torch.Tensor]:
+    return [leaf for leaf in trees.leaves(values) if isinstance(leaf, torch.Tensor)]
 
 
 def _rules(answers: Sequence[Answer]) -> list[Function]:
@@ -100,7 +114,7 @@ def _device(op: str, mode: Mode, answers: Sequence[Answer], decode: Decode) -> d
             call = decode(*args, **kwargs)
             # A transform of the op is a transform of its body: a kernel written for the op is not its derivative.
             with autograd_on():  # a body may differentiate something itself
-                return call.run(None if call.transformed else lambda *a, **k: ask(op, mode.name, rules, *a, **k))
+                return call.run(None if call.derivative else lambda *a, **k: ask(op, mode.name, rules, *a, **k))
 
         return kernel
 
@@ -119,7 +133,7 @@ def _fake(op: str, mode: Mode, answers: Sequence[Answer], decode: Decode) -> dic
         return run_in_mode(lambda: bound(result(call), call.inputs), fake_mode)
 
     def result(call: Call) -> object:
-        if not call.transformed:
+        if not call.derivative:
             return call.run(shapes)
         return call.run() if call.op.outputs is None else call.like_inputs()
 
@@ -183,6 +197,8 @@ def _on_calls(rule: object) -> Function:
     def on_call(call: Call) -> object:
         if call.transformed:
             raise Decline("it is written for the op, and this is a transform of it")
+        if call.written:
+            raise Decline("it does not say what gradient a tensor has that the op writes to")
         return hand_written(rule, call)
 
     return on_call

@@ -25,6 +25,7 @@ from hopkit.errors import LayoutError
 VERSION = 3
 KEYWORD = "hopkit"
 REGION = "region"
+FUNCTIONAL = "functional"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +91,8 @@ class Variant:
         takes: ``(args, kwargs)`` of the call, with a `Slot` for every tensor and SymInt.
         metas: What stands in the slots of ``takes``.
         captures: Which of the node's inputs follow the slots.
-        gives: The result, with a `Slot` for every output of the graph.
+        gives: The result, with a `Slot` for every output of the graph; ``Slot(-1 - i)`` is what stands in slot ``i`` of
+            ``takes``, given back.
     """
 
     graph: int
@@ -136,8 +138,9 @@ class Layout:
         metas: What the inputs were when the op was recorded.
         outputs: Which leaves of the body's result the node returns.
         leaves: How many there are.
-        transforms: What was done to the body, innermost first: ``("vjp", wrt, given)``. In a part of an op that
-            trains, ``("region", part)`` comes first: the one graph is the body, from the inputs to the outputs.
+        transforms: What was done to the body, innermost first: ``("vjp", wrt, given)``, or ``("functional", written)``
+            of one that writes to inputs. In a part of an op that trains, ``("region", part)`` comes first: the one
+            graph is the body, from the inputs to the outputs.
         digest: What the op was when it was recorded (hopkit/digest.py); "" where that cannot be told.
         origin: Where the op came from: its module, and its distribution (hopkit/origin.py).
     """

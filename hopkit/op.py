@@ -15,7 +15,7 @@ import torch
 from typing_extensions import ParamSpec, TypeVar
 
 from hopkit import binding, install, layout, live
-from hopkit._torch import inductor, keys, schema, state, trees
+from hopkit._torch import inductor, keys, state, trees
 from hopkit._torch.autograd import needs_gradient, raise_in_backward
 from hopkit._torch.fakes import bound, rehearsing
 from hopkit._torch.operator import Operator
@@ -99,7 +99,7 @@ class Op(Generic[P, R]):
         self.operator = Operator(
             spec.name, self._enter_flat, self._run_flat, self._schema, self._read_call, self._digest
         )
-        if spec.effectful:
+        if spec.effectful or spec.mutates:
             torch.fx.node.has_side_effect(self.operator)
         self.author: list[Answer] = []
         self.table: Table = {}
@@ -243,7 +243,7 @@ class Op(Generic[P, R]):
             )
         if (transforms := state.transforms()) or state.forward_mode():
             return not transforms.isdisjoint(self._asking.transforms)
-        if self._asking.always or (self.spec.effectful and inductor.compiling() and state.functionalizing()):
+        if self._asking.always or (self.spec.effectful and state.functionalizing()):
             return True
         if self._declared(operands):
             return True
@@ -385,9 +385,7 @@ class Op(Generic[P, R]):
 
     def _schema(self, /, *args: object, **kwargs: object) -> object:
         call = self.decode(*args, **kwargs) if layout.KEYWORD in kwargs else self._recorded(args, kwargs)
-        outputs = trees.leaves(call.rehearsal.outputs)
-        mutated = [i for i in range(len(call.inputs)) if call.parameter(i) in self.spec.mutates]
-        return schema.generate(self.operator, call.graphs, call.inputs, call.nested, call.keywords, outputs, mutated)
+        return call.schema(() if call.transformed else call.declared)
 
     def _recorded(self, args: tuple[object, ...], kwargs: dict[str, object]) -> Call:
         """The call that the author's arguments become in a graph."""

@@ -13,6 +13,7 @@ import torch
 from hopkit import codec
 from hopkit._torch import sizes, trees
 from hopkit._torch.watch import Same, Substitute
+from hopkit.codec import Slot
 from hopkit.errors import HopkitWarning, LayoutError, PropertyError, SubgraphError
 from hopkit.layout import Meta, Slots, Variant, fill
 from hopkit.spec import OpSpec
@@ -122,7 +123,7 @@ class Probe:
         slots = Slots(unique=False)
         takes = slots.split((args, kwargs))
         result, used, steps = self._recorder.run(self.function, args, kwargs, slots.inputs)
-        gives = Slots(unique=False).split(self._checked(result))
+        gives = _itself(Slots(unique=False).split(self._checked(result)), trees.leaves(result), slots.inputs)
         self.calls = self._merged([*self.calls, _Seen(takes, tuple(slots.inputs), used, steps, gives)])
         return result
 
@@ -176,6 +177,16 @@ class Probe:
             variants.append(Variant(first + len(graphs), call.takes, call.metas, tuple(call.used), call.gives))
             graphs.append(Graph(self.function, call.takes, len(call.inputs), captured, key, gradients))
         return graphs, tuple(variants)
+
+
+def _itself(gives: object, leaves: Sequence[object], inputs: Sequence[object]) -> object:
+    """``gives`` with the argument in place of every output that is one: a graph without mutation gives another tensor.
+
+    Argument ``i`` is slot ``-1 - i``.
+    """
+    places = {id(value): Slot(-1 - i) for i, value in enumerate(inputs) if isinstance(value, torch.Tensor)}
+    slots, tree = trees.flatten(gives)
+    return trees.unflatten([places.get(id(leaf), slot) for leaf, slot in zip(leaves, slots, strict=True)], tree)
 
 
 @dataclasses.dataclass(frozen=True)

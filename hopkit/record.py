@@ -17,7 +17,7 @@ from torch.fx import GraphModule
 
 from hopkit import codec
 from hopkit._torch import sizes, trees
-from hopkit._torch.autograd import needs_gradient, tied
+from hopkit._torch.autograd import computed, needs_gradient, tied
 from hopkit._torch.fakes import Stage, same_storage
 from hopkit._torch.state import autocasting, functionalizing, is_tracked, tracked
 from hopkit._torch.watch import Substitute, Watch, wiring
@@ -69,6 +69,8 @@ class Recorder:
         self._only_inputs = functionalizing()
         self._fakes: list[object] = []
         self._watch = Watch(tracked())
+        # What subgraphs give of the memory of what they are given, and how far the rehearsal was then.
+        self._views: list[tuple[torch.Tensor, int]] = []
         self._inside: set[int] = set()  # the steps of subgraphs; the others are the body's own
         self._probes = {
             p.name: [Probe(self, name, f) for name, f in subgraphs(p.name, values[p.name])]
@@ -97,15 +99,15 @@ class Recorder:
             Unrecordable: It writes to an input or to a tensor of the graph's own, or nobody can tell.
         """
         try:
-            with self._rehearsed():
-                self._refuse_writes()
+            with self._rehearsed() as result:
+                self._refuse_writes(result)
         except DataDependentError as error:
             raise Unrecordable("what it writes to cannot be learnt without values") from error
 
     @contextlib.contextmanager
     def _rehearsed(self) -> Iterator[object]:
         with self._stage.open(gradients=torch.is_grad_enabled()):
-            self._fakes.extend(map(self._fake, self.inputs))
+            self._fakes.extend(self._writable(i, self._fake(value)) for i, value in enumerate(self.inputs))
             try:
                 with self._watch:
                     result = self._checked(self._rehearse())
@@ -123,6 +125,14 @@ class Recorder:
 
     def _fake(self, value: object) -> object:
         return self._stage.fake(value) if isinstance(value, torch.Tensor) else value
+
+    def _writable(self, index: int, fake: object) -> object:
+        """What is computed may be written to, and autograd follows; a leaf that requires a gradient may not."""
+        value = self.inputs[index]
+        if parameter_of(self._values, index) in self.spec.mutates and needs_gradient([fake]):
+            fake, value = cast("torch.Tensor", fake), cast("torch.Tensor", value)
+            return fake if value.is_leaf else computed(fake)
+        return fake
 
     def _rehearse(self) -> object:
         values: dict[str, object] = {name: fill(v, self._fakes) for name, v in self._values.items()}
@@ -182,7 +192,10 @@ class Recorder:
             result = mode.replaced(function(*args, **kwargs))
         self._inside.update(range(first, len(self._watch.steps)))
         taken = [*inputs, *(self._fakes[i] for i in used)]
-        flow = wiring(self._watch.steps[first:], taken, trees.leaves(result), names)
+        leaves = trees.leaves(result)
+        now = len(self._watch.steps)
+        self._views.extend((leaf, now) for leaf in leaves if isinstance(leaf, torch.Tensor) and _is_view(leaf, taken))
+        flow = wiring(self._watch.steps[first:], taken, leaves, names)
         return result, used, (*mode.steps, *flow)
 
     def _refuse_constant(self, function: Callable[..., object], value: object) -> None:
@@ -207,7 +220,7 @@ class Recorder:
     # -- afterwards --------------------------------------------------------------------------------------------------
 
     def _close(self, result: object, digest: str) -> Recording:
-        self._refuse_writes()
+        self._refuse_writes(result)
         leaves, tree = trees.flatten(result)
         kept: list[int] = []
         restored: list[object] = []
@@ -246,10 +259,16 @@ class Recorder:
             who, found = f"{self.spec.name}() argument '{name}'", f"holds {error.who}, which {error.found}"
             raise LayoutError(who, found, why=error.why, todo=error.todo) from None
 
-    def _refuse_writes(self) -> None:
+    def _refuse_writes(self, result: object) -> None:
         for index, fake in enumerate(self._fakes):
-            if isinstance(fake, torch.Tensor) and self._watch.wrote_to(fake):
+            name = parameter_of(self._values, index)
+            if isinstance(fake, torch.Tensor) and self._watch.wrote_to(fake) and name not in self.spec.mutates:
                 raise self._undeclared(index, f"it writes to {self._name(index)}", "mutates", self.spec.mutates)
+        # Without mutation, what a subgraph gives is no view of what it wrote to.
+        for view, when in self._views:
+            used = [*trees.leaves(result), *(leaf for _, leaves, _ in self._watch.steps[when:] for leaf in leaves)]
+            if self._watch.wrote_to(view) and any(leaf is view for leaf in used):
+                raise Unrecordable("it uses a view that a subgraph gives of what it is given, and that is written to")
 
     def _refuse_view(self, leaf: object, earlier: Sequence[object]) -> None:
         if not isinstance(leaf, torch.Tensor):
@@ -276,6 +295,11 @@ class Recorder:
                     name = variable_name(probe.function, self.inputs[index])
                     return f"'{name}', which subgraph '{probe.name}' closes over"
         return f"input {index}"
+
+
+def _is_view(leaf: torch.Tensor, values: Sequence[object]) -> bool:
+    tensors = [value for value in values if isinstance(value, torch.Tensor)]
+    return not any(leaf is t for t in tensors) and any(same_storage(leaf, t) for t in tensors)
 
 
 _NATIVE = (bool, int, float, str, type(None), torch.dtype, torch.device)
@@ -322,8 +346,10 @@ def plain_form(
     """``(graph, inputs, options)`` where the call needs no layout, or None.
 
     That is an op of one ``GraphModule`` and one flat tuple, without a derivative to record: the node says nothing but
-    `X"""
-    if len(spec.parameters) < 2 or spec.autograd == "derive":
+    ``(graph, args)``. If ``nested``, args may be any list or tuple; not in a program that is exported, which could not
+    be saved.
+    """
+    if len(spec.parameters) < 2 or spec.autograd == "derive" or spec.mutates:
         return None
     subgraph, operand, *options = spec.parameters
     if not subgraph.graph_only or operand.kind is not Kind.OPERAND or any(p.kind is not Kind.OPTION for p in options):

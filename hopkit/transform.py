@@ -8,19 +8,22 @@ from typing import cast
 import torch
 
 from hopkit._torch import sizes, trees
-from hopkit._torch.fakes import autograd_on
+from hopkit._torch.fakes import autograd_on, copied
 from hopkit._torch.levels import duals_shared
 from hopkit._torch.sizes import Equal
 from hopkit._torch.state import forward_mode, transforming
 from hopkit.codec import Slot
 from hopkit.errors import LayoutError, RuleError, SignatureError
-from hopkit.layout import REGION, Layout, Slots, Variant, fill
+from hopkit.layout import FUNCTIONAL, REGION, Layout, Slots, Variant, fill
 from hopkit.spec import Kind, OpSpec
 
 Flat = Callable[[Sequence[object]], tuple[object, ...]]
 """A function of a node's inputs that gives the node's outputs."""
 
 Rule = Callable[..., object]
+
+NOTHING = (None,)
+"""What a node gives where its op gives no tensor: torch cannot make an operator functional that gives nothing."""
 
 
 def _is_slot(leaf: object) -> bool:
@@ -56,7 +59,7 @@ class Replayed:
                 if slots is not None:
                     captures = [self._inputs[i] for i in variant.captures]
                     outputs = cast("Sequence[object]", self._graphs[variant.graph](*slots, *captures))
-                    return fill(variant.gives, outputs)
+                    return fill(variant.gives, [*outputs, *reversed(slots)])
         recorded = "; ".join(variant.describe() for variant in self._variants) or "nothing, it was never called"
         found = Slots(unique=False)
         found.split((args, kwargs))
@@ -132,7 +135,7 @@ def flat(
                 why="a node has a fixed number of outputs",
                 todo="Let every rule, and every branch of the body, give a result of the same structure",
             )
-        return tuple(leaves[i] for i in layout.outputs)
+        return tuple(leaves[i] for i in layout.outputs) or NOTHING
 
     def part(inputs: Sequence[object]) -> tuple[object, ...]:
         return tuple(cast("Sequence[object]", graphs[0](*inputs)))
@@ -208,6 +211,18 @@ def _leaf(tensor: torch.Tensor) -> torch.Tensor:
     return (tensor.clone() if tensor.is_inference() else tensor.detach()).requires_grad_()
 
 
+def functional(run: Flat, written: Sequence[int]) -> Flat:
+    """``run`` without mutation: it writes to copies of the inputs ``written``, and gives them after its outputs."""
+
+    def transformed(inputs: Sequence[object]) -> tuple[object, ...]:
+        values = list(inputs)
+        for i in written:
+            values[i] = copied(cast("torch.Tensor", inputs[i]))
+        return (*run(values), *(values[i] for i in written))
+
+    return transformed
+
+
 def vmap(run: Flat, dims: tuple[int | None, ...], randomness: str) -> Flat:
     """``run``, batched: input number i is batched in dimension ``dims[i]``, and outputs are in their first."""
 
@@ -236,4 +251,4 @@ def jvp(run: Flat, wrt: Sequence[int], given: Sequence[int]) -> Flat:
     return transformed
 
 
-TRANSFORMS: dict[str, Callable[..., Flat]] = {"vjp": vjp, "vmap": vmap, "jvp": jvp}
+TRANSFORMS: dict[str, Callable[..., Flat]] = {"vjp": vjp, "vmap": vmap, "jvp": jvp, FUNCTIONAL: functional}

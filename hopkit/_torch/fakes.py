@@ -233,6 +233,23 @@ def _autograd_keys() -> torch._C.DispatchKeySet:
 _AUTOGRAD_KEYS = _autograd_keys()
 
 
+def together(values: Sequence[object]) -> list[object]:
+    """``values`` with stand-ins of one mode: in the metadata of a graph that was traced on values, each has its own."""
+    if len({id(value.fake_mode) for value in values if isinstance(value, FakeTensor)}) < 2:
+        return list(values)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    return [stand_in(value, mode) if isinstance(value, torch.Tensor) else value for value in values]
+
+
+def copied(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy that can be written to in the tensor's stead: it has the same strides."""
+    copy = tensor.clone()
+    if copy.stride() == tensor.stride():
+        return copy
+    copy = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+    return copy.copy_(tensor)
+
+
 def same_storage(left: torch.Tensor, right: torch.Tensor) -> bool:
     """Whether two stand-ins share memory."""
     if not torch._C._has_storage(left) or not torch._C._has_storage(right):  # sparse tensors hold tensors instead

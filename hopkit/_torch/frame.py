@@ -30,6 +30,7 @@ from torch.fx import Graph, GraphModule, Node, Proxy
 from torch.utils import _pytree as pytree
 
 from hopkit._torch import sizes, trees
+from hopkit._torch.autograd import computed
 from hopkit._torch.fakes import left, run_in_mode, stand_in
 
 GraphBreak: TypeAlias = Unsupported
@@ -155,7 +156,7 @@ class Frame:
         tx = self._tx
         leaves, tree = trees.flatten((args, kwargs))
         with left(self._mode):
-            examples = [stand_in(x, self._mode) if isinstance(x, torch.Tensor) else x for x in leaves]
+            examples = [self._example(x) if isinstance(x, torch.Tensor) else x for x in leaves]
             inputs = [x for x in examples if isinstance(x, _INPUTS)]
             made = self._made(inputs)
             # A scratch graph gives what the op's body made a name; the subgraph's own inputs are made from that.
@@ -310,6 +311,10 @@ class Frame:
                     made.append((i, dim))
                     seen |= new
         return tuple(made)
+
+    def _example(self, argument: torch.Tensor) -> torch.Tensor:
+        fake = stand_in(argument, self._mode)
+        return fake if argument.is_leaf else computed(fake)  # then it may be written to
 
     def _input(self, example: object) -> Variable:
         kind = TensorVariable if isinstance(example, torch.Tensor) else SymNodeVariable

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
-from typing import Protocol
+import contextvars
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol, cast
 
 import torch
 from torch._C import DispatchKey
 from torch._C._functorch import TransformType
+from torch._higher_order_ops.auto_functionalize import can_auto_functionalize, do_auto_functionalize_v2
+from torch._higher_order_ops.schema import HopSchema
+from torch._higher_order_ops.utils import HopInstance
+from torch._ops import HigherOrderOperator
 from torch._subclasses.functional_tensor import (
     CppFunctionalizeAPI,
     FunctionalTensor,
@@ -18,6 +23,8 @@ from torch._subclasses.functional_tensor import (
 )
 
 from hopkit._torch.operator import Kernel, Key
+
+_inside: contextvars.ContextVar[bool] = contextvars.ContextVar("hopkit.functionalized", default=False)
 
 
 class Functionalizer(Protocol):
@@ -35,6 +42,15 @@ class Functionalizer(Protocol):
     def redispatch_to_next(self) -> contextlib.AbstractContextManager[None]:
         """Inside, this functionalization is off."""
 
+    def replace(self, input_tensor: torch.Tensor, output_tensor: torch.Tensor) -> None:
+        """Let a wrapped tensor hold a plain one."""
+
+    def commit_update(self, tensor: torch.Tensor) -> None:
+        """Let what shares memory with a wrapped tensor know."""
+
+    def sync(self, tensor: torch.Tensor) -> None:
+        """Let a wrapped tensor know what was written to its memory."""
+
 
 def kernels(rule: Callable[..., object]) -> dict[Key, Kernel]:
     """``rule(functionalizer, *args)`` under torch's three entries."""
@@ -45,6 +61,96 @@ def kernels(rule: Callable[..., object]) -> dict[Key, Kernel]:
             FunctorchFunctionalizeAPI(layer), *args, **kwargs
         ),
     }
+
+
+def functionalized(layer: Functionalizer, function: Callable[..., object]) -> Callable[..., object]:
+    """``function`` without mutation; what it writes to its arguments is copied there in the end.
+
+    AOTAutograd's functionalization drops that where torch asks for a callable; the two others copy by themselves.
+    """
+    if not by_mode(layer):
+        return layer.functionalize(function)
+
+    def called(*args: object) -> object:
+        written: list[int] = []
+        token = _inside.set(True)
+
+        def inner(*wrapped: object) -> tuple[object, ...]:
+            result = cast("Sequence[object]", function(*wrapped))
+            written.extend(i for i, value in enumerate(wrapped) if _written(value))
+            return (*result, *(wrapped[i] for i in written))
+
+        try:
+            outputs = cast("Sequence[object]", layer.functionalize(inner)(*args))
+        finally:
+            _inside.reset(token)
+        count = len(outputs) - len(written)
+        for i, new in zip(written, outputs[count:], strict=True):
+            cast("torch.Tensor", args[i]).copy_(cast("torch.Tensor", new))
+        return tuple(outputs[:count])
+
+    return called
+
+
+def inside() -> bool:
+    """Whether a graph that a node carries is made functional, and not the graph that has the node."""
+    return _inside.get()
+
+
+def _written(value: object) -> bool:
+    if not isinstance(value, FunctionalTensor):
+        return False
+    return bool(torch._functionalize_has_data_mutation(value.elem))  # type: ignore[attr-defined] # torch's own stub
+
+
+def active(layer: Functionalizer) -> contextlib.AbstractContextManager[object]:
+    """Inside, this functionalization is on: a mode is off while its rule runs, the two others are not."""
+    return cast("PythonFunctionalizeAPI", layer).mode if by_mode(layer) else contextlib.nullcontext()
+
+
+def assignable(layer: Functionalizer, value: object) -> bool:
+    """Whether this is a tensor that ``layer`` wrapped: others are real, and it would write to them for good."""
+    if by_mode(layer):
+        return isinstance(value, FunctionalTensor)
+    return isinstance(value, torch.Tensor) and torch._is_functional_tensor(value)
+
+
+def assign(layer: Functionalizer, old: torch.Tensor, new: torch.Tensor) -> None:
+    """Write ``new`` to ``old``, both wrapped."""
+    (plain,) = cast("tuple[torch.Tensor]", layer.unwrap_tensors((new,)))
+    layer.replace(old, plain)
+    layer.commit_update(old)
+    layer.sync(old)
+
+
+def automatic(
+    layer: Functionalizer,
+    operator: Callable[..., object],
+    schema: torch.FunctionSchema,
+    args: tuple[object, ...],
+    kwargs: Mapping[str, object],
+) -> object:
+    """As torch does with an operator that writes to its inputs (torch/_higher_order_ops/auto_functionalize.py).
+
+    None: not here. The same in 2.13 and 2.14; if it is gone, the op is called on copies.
+    """
+    instance = HopInstance(cast("HigherOrderOperator", operator), cast("HopSchema", schema))
+    names = [argument.name for argument in schema.arguments]  # an option may be called as torch calls an input
+    if not by_mode(layer) or not can_auto_functionalize(instance) or len(set(names)) < len(names):
+        return None
+    mode = cast("PythonFunctionalizeAPI", layer).mode
+    return cast("object", do_auto_functionalize_v2(mode, instance, args, dict(kwargs)))
+
+
+def by_mode(layer: Functionalizer) -> bool:
+    """Whether this is the functionalization of AOTAutograd, a dispatch mode."""
+    return isinstance(layer, PythonFunctionalizeAPI)
+
+
+def memory(tensor: torch.Tensor) -> object:
+    """Equal for tensors that share memory, wrapped or not. None: nobody knows, as for a sparse one."""
+    elem = tensor.elem if isinstance(tensor, FunctionalTensor) else tensor
+    return elem.untyped_storage()._cdata if torch._C._has_storage(elem) else None
 
 
 def frozen(value: object) -> object:

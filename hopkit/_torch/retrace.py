@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from typing import Any
 from unittest import mock
 
@@ -14,7 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 
 from hopkit._torch import fakes, trees
-from hopkit._torch.autograd import differentiable
+from hopkit._torch.autograd import computed, differentiable
 from hopkit._torch.watch import Lossy, custom_backward
 
 
@@ -31,7 +31,12 @@ class Lost(Exception):
 
 
 def retrace(
-    run: Callable[..., object], examples: Sequence[object], *, derivative: bool, functional: bool
+    run: Callable[..., object],
+    examples: Sequence[object],
+    *,
+    derivative: bool,
+    functional: bool,
+    written: Container[int] = (),
 ) -> GraphModule:
     """``run`` as a graph. While gradients are on, one that has the same gradients.
 
@@ -40,6 +45,7 @@ def retrace(
         examples: Stand-ins of its inputs; the values in the graph are in their fake mode.
         derivative: Whether ``run`` is a derivative.
         functional: Whether to leave no mutation in the graph.
+        written: The numbers of inputs that may be written to.
 
     Raises:
         Lost: The gradients would be others.
@@ -54,12 +60,11 @@ def retrace(
         return result
 
     with _mode_of(examples) as mode, fakes.unhooked():
-        inputs = [
-            fakes.stand_in(e, mode).requires_grad_(gradients and differentiable(e))
-            if isinstance(e, torch.Tensor)
-            else e
-            for e in examples
-        ]
+        inputs = list(examples)
+        for i, example in enumerate(examples):
+            if isinstance(example, torch.Tensor):
+                fake = fakes.stand_in(example, mode).requires_grad_(gradients and differentiable(example))
+                inputs[i] = computed(fake) if i in written and fake.requires_grad else fake
         graph = make_fx(torch.func.functionalize(watched) if functional else watched)(*inputs)
     if gradients and watch.reason:
         raise Lost(watch.reason)

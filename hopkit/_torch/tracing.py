@@ -15,6 +15,7 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import (
     ProxyTorchDispatchMode,
     PythonKeyTracer,
+    disable_proxy_modes_tracing,
     get_proxy_mode,
     track_tensor_tree,
 )
@@ -132,6 +133,17 @@ def _draws(graph: object) -> bool:
     targets = {node.target for module in modules for node in module.graph.nodes if node.op == "call_function"}
     tags = (target.tags for target in targets if isinstance(target, torch._ops.OpOverload))
     return run_and_save_rng_state in targets or any(torch.Tag.nondeterministic_seeded in known for known in tags)
+
+
+def current(inputs: Sequence[object]) -> Tracer | None:
+    """The graph that is being recorded, if there is one; ``inputs`` are those of a call."""
+    mode = get_proxy_mode()
+    return None if mode is None else Tracer(mode, inputs)
+
+
+def not_recorded() -> contextlib.AbstractContextManager[object]:
+    """Inside, nothing is recorded."""
+    return disable_proxy_modes_tracing()
 
 
 def remembered(key: object, make: Callable[[], T]) -> T:

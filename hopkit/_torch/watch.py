@@ -196,9 +196,9 @@ class Watch(TorchDispatchMode):
         func, leaves, _ = self.steps[step]
         return func is torch.ops.aten._to_copy.default or any(isinstance(leaf, torch.dtype) for leaf in leaves)
 
-    def wrote_to(self, tensor: torch.Tensor) -> bool:
-        """Whether something inside wrote to the memory of ``tensor``."""
-        return any(same_storage(tensor, w) for w in self.written)
+    def wrote_to(self, tensor: torch.Tensor, since: int = 0) -> bool:
+        """Whether something inside wrote to the memory of ``tensor``, after the first ``since`` writes."""
+        return any(same_storage(tensor, w) for w in self.written[since:])
 
 
 _WRITE_STATISTICS = (

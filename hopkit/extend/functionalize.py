@@ -5,10 +5,23 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from hopkit._torch.functional import Functionalizer
-from hopkit.call import Call, GraphLike, Pure
+import torch
 
-__all__ = ["FunctionalizeRule", "Functionalizer", "pure"]
+from hopkit._torch import effects, functional, tracing
+from hopkit._torch.functional import Functionalizer, active, assign, assignable
+from hopkit.call import Call, GraphLike, Pure
+from hopkit.extend.proxy import trace
+
+__all__ = [
+    "FunctionalizeRule",
+    "Functionalizer",
+    "active",
+    "assign",
+    "assignable",
+    "automatic",
+    "in_order",
+    "pure",
+]
 
 
 class FunctionalizeRule(Protocol):
@@ -18,5 +31,33 @@ class FunctionalizeRule(Protocol):
 
 
 def pure(layer: Functionalizer, graph: GraphLike) -> GraphLike:
-    """``graph`` without mutation."""
-    return Pure(layer.functionalize(graph), graph)
+    """``graph`` without mutation, but for what it leaves in its inputs: that is copied there in the end."""
+    return Pure(functional.functionalized(layer, graph), graph)
+
+
+def automatic(layer: Functionalizer, call: Call) -> object:
+    """The outputs of a call that writes to inputs, as torch makes any such operator functional: its own node holds it.
+
+    None: torch has that for AOTAutograd's graphs alone, and not for those that are exported.
+    """
+    if torch.compiler.is_exporting():  # torch.export takes its node for operators only
+        return None
+    return functional.automatic(
+        layer, call.target, call.schema(call.written), (*call.graphs, *call.inputs), call.keywords
+    )
+
+
+def in_order(layer: Functionalizer, call: Call) -> object:
+    """The outputs of a call that has an effect, after all effects before it: AOTAutograd threads a token through them.
+
+    None: here no token is threaded. In a graph, nodes of such ops keep the order in which they were written.
+    """
+    if torch.compiler.is_exporting() or not effects.threaded(layer):
+        return None
+    inputs = layer.unwrap_tensors(call.inputs)
+    graphs, tracer = [pure(layer, graph) for graph in call.graphs], tracing.current(inputs)
+    if tracer is not None:
+        named = zip(call.graph_names(), graphs, call.replace(inputs=inputs).examples, strict=True)
+        with tracing.not_recorded():
+            graphs = [trace(tracer, name, graph, examples) for name, graph, examples in named]
+    return effects.call(layer, call.target, (*graphs, call.inputs), call.keywords)

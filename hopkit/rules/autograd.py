@@ -11,6 +11,7 @@ computes and its derivative as one graph, lets torch's partitioner cut it, and r
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 
@@ -43,6 +44,8 @@ def derive(call: Call) -> object:
         return call.run()
     if not needs_gradient(call.inputs):
         return below(call)
+    if call.written:
+        return copied(call)
     if recording_ahead() and divisible(call):
         try:
             return apply(Divided(call), call.inputs)
@@ -61,15 +64,31 @@ def derive(call: Call) -> object:
     return apply(Derived(call), call.inputs)
 
 
+def copied(call: Call) -> object:
+    """Differentiate the op without mutation; what it writes to then holds what it gives.
+
+    Backward needs what was there before, and so a copy of it.
+    """
+    if call.entangled:
+        return call.run()
+    inputs = list(call.inputs)
+    for i in call.written:
+        inputs[i] = cast("torch.Tensor", inputs[i]).clone()
+    return call.on_copies(lambda pure: derive(pure.replace(inputs=inputs)), torch.Tensor.copy_)
+
+
 def divisible(call: Call) -> bool:
     """Whether the op may become two halves: it can be traced, and nobody's kernel has to see the op itself."""
-    return call.layout is not None and call.op.outputs is None and not (call.op.effectful or call.whole)
+    settled = call.op.pure and call.op.outputs is None and not call.op.effectful
+    return call.layout is not None and settled and not call.whole
 
 
 def unseen(call: Call) -> str:
     """Why running the body again in backward would give something else, or ""."""
     if call.op.effectful:
         return "it has an effect"
+    if not call.op.pure:
+        return "it is not pure, and may give something else"
     if call.op.random or call.rehearsal.random:
         return "it draws random numbers"
     return call.rehearsal.opaque
@@ -158,8 +177,10 @@ def deferred_error(call: Call) -> object:
     """Outputs whose backward raises."""
     if dual(call.inputs):
         return call.run()
-    outputs = below(call)
-    return raise_in_backward(call.op.name)(outputs) if needs_gradient(call.inputs) else outputs
+    if not needs_gradient(call.inputs):
+        return below(call)
+    # What is written to is no output: it has its gradient, as in eager.
+    return raise_in_backward(call.op.name)(call.run() if call.written else below(call))
 
 
 def error(call: Call) -> object:
