@@ -190,6 +190,8 @@ class Recorder:
         first = len(self._watch.steps)
         with Substitute(replace, names) as mode:
             result = mode.replaced(function(*args, **kwargs))
+        if mode.compiles:
+            raise Unrecordable(f"it calls '{mode.compiles}' on functions, which torch compiles itself")
         self._inside.update(range(first, len(self._watch.steps)))
         taken = [*inputs, *(self._fakes[i] for i in used)]
         leaves = trees.leaves(result)

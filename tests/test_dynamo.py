@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -217,6 +218,32 @@ def test_a_size_given_as_an_option_is_fixed() -> None:
     compiled, _ = read(run, X, dynamic=True)
     for x in (X, torch.ones(5, 4)):
         same(compiled(x), run(x))
+
+
+@dataclasses.dataclass(frozen=True)
+class Inner:
+    """Part of a setting."""
+
+    by: int = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """An option that is no number."""
+
+    scale: float
+    inner: Inner = dataclasses.field(default_factory=Inner)
+
+
+def test_an_option_may_be_a_frozen_dataclass() -> None:
+    @hopkit.define("t_set")
+    def set_(body: Subgraph, x: Tensor, *, setting: Setting) -> Tensor:
+        return body(x) * setting.scale * setting.inner.by
+
+    compiled, graphs = read(lambda x, setting: set_(torch.sin, x, setting=setting), X, Setting(2.0))
+    for setting in (Setting(2.0), Setting(3.0), Setting(3.0, Inner(5))):
+        same(compiled(X, setting), X.sin() * setting.scale * setting.inner.by)
+    assert [nodes(graph, set_) for graph in graphs] == [1, 1, 1]
 
 
 def test_a_body_that_decides_on_a_value_says_what_is_missing() -> None:

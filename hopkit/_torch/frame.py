@@ -137,6 +137,11 @@ class Frame:
             return given
         if isinstance(given, SymNodeVariable):
             return given.evaluate_expr(self._tx.output)
+        kind = type(getattr(given, "value", None))
+        if dataclasses.is_dataclass(kind):  # Dynamo guards on the fields that are read
+            names = [field.name for field in dataclasses.fields(kind) if field.init]
+            read = _make_inlined(self._tx, _attribute)
+            return kind(**{name: self.option(read(given, self._constant(name))) for name in names})
         if given.is_python_constant() or not isinstance(given, TupleVariable):
             return given.as_python_constant()
         return tuple(map(self.option, self.items(given)))
@@ -332,6 +337,11 @@ class Frame:
         if identity(leaf) in self._known:
             return self._known[identity(leaf)]
         return wrap_fx_proxy(self._tx, self._proxies[identity(leaf)], example_value=leaf)
+
+
+def _attribute(value: object, name: str) -> object:
+    """Dynamo reads this, as it would read any code that asks for an attribute."""
+    return getattr(value, name)
 
 
 class _Call(VariableTracker):

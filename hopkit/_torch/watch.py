@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from types import FunctionType
 from typing import TypeVar, cast
 
 import torch
 from torch._C._functorch import is_functorch_wrapped_tensor
+from torch._ops import HigherOrderOperator
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from typing_extensions import Self
 
 from hopkit._torch import trees
+from hopkit._torch.dynamo import out
 from hopkit._torch.fakes import is_stand_in, same_storage
 from hopkit._torch.sizes import SYMBOLIC, Describe, describe, symbols
 
@@ -39,6 +43,16 @@ class Substitute(TorchFunctionMode):
         self.replace, self._describe = replace, describe
         self.steps: list[tuple[object, ...]] = []
         self.opaque = ""
+        self.compiles = ""  # the name of an operator that would have its functions compiled, with what they close over
+
+    def __enter__(self) -> Self:
+        out.enter()
+        super().__enter__()  # type: ignore[no-untyped-call] # torch's own
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call] # torch's own
+        out.leave()
 
     def __torch_function__(
         self,
@@ -51,6 +65,8 @@ class Substitute(TorchFunctionMode):
         if not isinstance(func, torch._ops.OpOverload) and getattr(func, "__name__", "") != "__get__":
             constants = (_constant(leaf, self._describe) for leaf in trees.leaves((args, dict(kwargs or {}))))
             self.steps.append((func, *constants))
+        if isinstance(func, HigherOrderOperator) and any(isinstance(leaf, FunctionType) for leaf in trees.leaves(args)):
+            self.compiles = func.name()
         args, named = self.replaced((args, dict(kwargs or {})))
         # torch.func asks its own wrappers; the answer is the same whatever is traced.
         wrapped = isinstance(args[0], torch.Tensor) and is_functorch_wrapped_tensor(args[0]) if args else False
