@@ -94,8 +94,7 @@ DATACLASSES: list[tuple[object, object]] = [
     (Settings, Settings(0.5, (1, 2), Color.BLUE)),
     (tuple[Settings, ...], (Settings(math.inf), Settings(1.0, (3,)))),
 ]
-# Dynamo takes no dataclass for a constant: strict export has the body in the op's place.
-EVERY = [*((*case, False) for case in OPTIONS + DATACLASSES), *((*case, True) for case in OPTIONS)]
+EVERY = [(*case, strict) for case in OPTIONS + DATACLASSES for strict in (False, True)]
 
 
 @pytest.mark.parametrize(

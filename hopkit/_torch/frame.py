@@ -135,6 +135,7 @@ class Frame:
         """
         if not isinstance(given, Variable):
             return given
+        given = cast("Variable", LazyVariableTracker.realize_all(given))
         if isinstance(given, SymNodeVariable):
             return given.evaluate_expr(self._tx.output)
         kind = type(getattr(given, "value", None))
@@ -142,9 +143,9 @@ class Frame:
             names = [field.name for field in dataclasses.fields(kind) if field.init]
             read = _make_inlined(self._tx, _attribute)
             return kind(**{name: self.option(read(given, self._constant(name))) for name in names})
-        if given.is_python_constant() or not isinstance(given, TupleVariable):
-            return given.as_python_constant()
-        return tuple(map(self.option, self.items(given)))
+        if type(given) is TupleVariable:
+            return tuple(map(self.option, self.items(given)))
+        return given.as_python_constant()
 
     def callee(self, given: object) -> object:
         """The module or the constant that a variable stands for; for other callables, something callable."""
