@@ -138,13 +138,13 @@ class Frame:
         given = cast("Variable", LazyVariableTracker.realize_all(given))
         if isinstance(given, SymNodeVariable):
             return given.evaluate_expr(self._tx.output)
+        if type(given) is TupleVariable:
+            return tuple(map(self.option, self.items(given)))
         kind = type(getattr(given, "value", None))
         if dataclasses.is_dataclass(kind):  # Dynamo guards on the fields that are read
             names = [field.name for field in dataclasses.fields(kind) if field.init]
             read = _make_inlined(self._tx, _attribute)
             return kind(**{name: self.option(read(given, self._constant(name))) for name in names})
-        if type(given) is TupleVariable:
-            return tuple(map(self.option, self.items(given)))
         return given.as_python_constant()
 
     def callee(self, given: object) -> object:
