@@ -8,9 +8,9 @@ from typing import cast
 
 import torch
 
-from hopkit._torch import partition, tracing, trees
+from hopkit._torch import inductor, partition, tracing, trees
 from hopkit._torch.autograd import differentiable
-from hopkit._torch.fakes import Stage
+from hopkit._torch.fakes import Stage, outside_modes
 from hopkit._torch.functional import frozen
 from hopkit._torch.sizes import describe
 from hopkit.call import Call, key_of
@@ -77,9 +77,35 @@ class Halves:
             return partition.trace(run, inputs, fakes, given, stage, self._decompositions)
 
 
+def outline(tracer: tracing.Tracer, call: Call) -> object:
+    """Record a call of a region: the graph of this call, which is traced once for all calls that are alike.
+
+    Args:
+        tracer: The graph that is being recorded.
+        call: Below autograd and functionalization.
+    """
+
+    # One code for all calls: Inductor, which changes the layout of what it computes, must not do so for some of them.
+    call = call.replace(inputs=[tracer.settled(value, inductor.of_layout) for value in call.inputs])
+
+    def run(*inputs: object) -> tuple[object, ...]:
+        return tuple(trees.leaves(call.replace(inputs=inputs).run()))
+
+    alike = ("region", call.op.name, *map(key_of, call.graphs), str(call.keywords), *map(_like, call.inputs))
+    with outside_modes():
+        examples = [value.detach() if isinstance(value, torch.Tensor) else value for value in call.inputs]
+    graph = tracer.trace(f"{call.op.name}_{call.part or 'region'}", run, examples, alike, gradients=False)
+    name = tracer.register(call.op.name, graph)
+    return tracer.emit(torch.ops.higher_order.invoke_subgraph, (graph, name, *call.inputs), {}, call())
+
+
 def _input(value: object) -> object:
     """What a joint graph is traced for."""
-    return (_told(value), value.requires_grad) if isinstance(value, torch.Tensor) else describe(cast("int", value))
+    return _like(value), isinstance(value, torch.Tensor) and value.requires_grad
+
+
+def _like(value: object) -> object:
+    return _told(value) if isinstance(value, torch.Tensor) else describe(cast("int", value))
 
 
 def _told(tensor: torch.Tensor) -> object:

@@ -5,9 +5,7 @@ If ``V.fake_mode`` is gone, ops stay nodes until they are lowered, and do not sh
 
 from __future__ import annotations
 
-import hashlib
 import sys
-import uuid
 from collections.abc import Callable, Sequence
 from typing import cast
 
@@ -73,32 +71,24 @@ def written(run: Callable[..., object], *args: object) -> tuple[object, str]:
     return result, "".join(code)
 
 
-def outlined(graph: Callable[..., object]) -> Callable[..., object]:
-    """``graph`` as a region of its own, whose code is compiled once for all calls of an equal graph on equal inputs."""
-    if not isinstance(graph, GraphModule):
-        return graph
-    code = _code(graph) or uuid.uuid4().hex  # with values of its own it is equal to no other
+def outlines() -> bool:
+    """Whether what is traced now may call regions. Code without Python cannot (``codegen_invoke_subgraph``)."""
+    if not compiling() or packaging():
+        return False
+    from torch._inductor import config
 
-    def call(*inputs: object) -> object:
-        told = repr((code, torch.is_grad_enabled(), *map(_layout, inputs)))
-        name = f"hopkit_{hashlib.sha256(told.encode()).hexdigest()[:16]}"
-        return torch.ops.higher_order.invoke_subgraph(graph, name, *inputs)
-
-    return call
+    return not config.cpp_wrapper
 
 
-def _code(graph: GraphModule) -> str:
-    """The code of a graph and of those inside it; "" where it holds tensors or modules, which no code tells."""
-    inner = [module for name, module in graph.named_modules() if name]
-    if any(not isinstance(module, GraphModule) for module in inner) or [*graph.parameters(), *graph.buffers()]:
-        return ""
-    held = (getattr(m, n.target, None) for m in (graph, *inner) for n in m.graph.find_nodes(op="get_attr"))
-    if any(not isinstance(value, GraphModule) for value in held):
-        return ""
-    return "".join(module.code for module in (graph, *inner))
+def simplified(graph: GraphModule) -> GraphModule:
+    """A joint graph after Inductor's own passes: what they find, fused attention say, they find in no half of it."""
+    from torch._inductor.compile_fx import _recursive_joint_graph_passes
+
+    return cast("GraphModule", _recursive_joint_graph_passes(graph, skip_invoke_subgraph=True))
 
 
-def _layout(value: object) -> object:
-    if not isinstance(value, torch.Tensor):
-        return str(value)
-    return value.dtype, str(value.device), str(value.shape), str(value.stride()), value.requires_grad
+def of_layout(tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor``, in the memory layout that it has now, whatever Inductor makes of what computes it."""
+    from torch._inductor.inductor_prims import force_stride_order
+
+    return cast("torch.Tensor", force_stride_order(tensor, tensor.stride()))

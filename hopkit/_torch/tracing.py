@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import operator
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar, cast
@@ -40,6 +41,7 @@ class Tracer:
     """The graph that is being recorded."""
 
     def __init__(self, mode: ProxyTorchDispatchMode, inputs: Sequence[object]) -> None:
+        self._mode = mode
         # Its other tracer never gets as far as an operator.
         self._tracer = cast("PythonKeyTracer", mode.tracer)
         self._fake_mode = detect_fake_mode(inputs)
@@ -103,6 +105,17 @@ class Tracer:
             _lifted[graph] = tuple(constants.values())
         return _lifted[graph]
 
+    def settled(self, value: object, keep: Callable[[torch.Tensor], torch.Tensor]) -> object:
+        """``value``; a tensor that the graph computes in an operator passes through ``keep``."""
+        if not isinstance(value, torch.Tensor) or value.dim() < _CONVOLVED or 0 in value.stride():
+            return value
+        node = getattr(self._tracer.unwrap_proxy(value), "node", None)
+        made_by = node and (node.args[0] if node.target is operator.getitem else node)
+        if made_by is None or made_by.op != "call_function" or made_by.target is _invoke_subgraph:
+            return value
+        with self._mode:
+            return keep(value)
+
     def emit(
         self,
         target: Callable[..., object],
@@ -124,6 +137,12 @@ def attribute(module: torch.nn.Module, path: str) -> object:
     for name in filter(None, path.split(".")):
         found = getattr(found, name)
     return found
+
+
+_invoke_subgraph = torch.ops.higher_order.invoke_subgraph
+
+_CONVOLVED = 3
+"""The fewest dimensions of what a convolution gives."""
 
 
 def _draws(graph: object) -> bool:
