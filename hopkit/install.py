@@ -17,7 +17,7 @@ from hopkit.authored import batched, pushed
 from hopkit.call import Call
 from hopkit.errors import RuleError, no_gradient
 from hopkit.handwritten import hand_written
-from hopkit.region import outline
+from hopkit.region import outline, outlined
 from hopkit.rule import Answer, Decline, Place, Table, ask, takes_calls
 from hopkit.spec import OpSpec
 
@@ -49,11 +49,6 @@ def lowered(table: Table) -> bool:
 def called_back(op: OpSpec) -> bool:
     """Whether compiled code has to call the body as it stands: it decides on values, or what it does is an effect."""
     return op.outputs is not None or op.effectful
-
-
-def outlined(op: OpSpec) -> bool:
-    """Whether Inductor gets a call of a region, whose code it writes once, and no code in place."""
-    return op.outline and inductor.outlines()
 
 
 def _inlining(op: str, kernel: Kernel, answers: Sequence[Answer], decode: Decode) -> Kernel:

@@ -12,7 +12,8 @@ import torch
 from torch._guards import detect_fake_mode
 from torch._higher_order_ops.utils import reenter_make_fx
 from torch._prims.rng_prims import run_and_save_rng_state
-from torch.fx import GraphModule
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import (
     ProxyTorchDispatchMode,
     PythonKeyTracer,
@@ -21,7 +22,7 @@ from torch.fx.experimental.proxy_tensor import (
 )
 from torch.utils.checkpoint import CheckpointPolicy
 
-from hopkit._torch import fakes, trees
+from hopkit._torch import fakes, sizes, trees
 from hopkit._torch.autograd import computed
 
 T = TypeVar("T")
@@ -104,6 +105,18 @@ class Tracer:
             graph.recompile()
             _lifted[graph] = tuple(constants.values())
         return _lifted[graph]
+
+    def like(self, graph: GraphModule) -> tuple[torch.Tensor, ...] | None:
+        """New stand-ins of what a traced graph gives. None: they have sizes that each call has a name of its own for."""
+        (output,) = graph.graph.find_nodes(op="output")
+        values = [node and node.meta.get("val") for node in cast("Sequence[Node | None]", output.args[0])]
+        tensors = [value for value in values if type(value) is FakeTensor and value.fake_mode is self._fake_mode]
+        if len(tensors) < len(values) or any(map(sizes.unbacked, (n for t in tensors for n in (*t.shape, *t.stride())))):
+            return None
+        with fakes.outside_modes(), cast("FakeTensorMode", self._fake_mode):
+            return tuple(
+                torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device) for t in tensors
+            )
 
     def settled(self, value: object, keep: Callable[[torch.Tensor], torch.Tensor]) -> object:
         """``value``; a tensor that the graph computes in an operator passes through ``keep``."""
