@@ -138,6 +138,7 @@ class _Subgraph:
     def __init__(self, frame: Frame, told: _Told, name: str, variable: Variable) -> None:
         self._frame, self._told, self._name, self._variable = frame, told, name, variable
         self._read: dict[tuple[object, ...], Read] = {}
+        self._called: dict[tuple[object, ...], tuple[object, Sequence[object]]] = {}
 
     def __call__(self, /, *args: object, **kwargs: object) -> object:
         slots = Slots(unique=False)
@@ -152,6 +153,7 @@ class _Subgraph:
         if key not in self._read:
             try:
                 self._read[key] = self._frame.read(self._name, self._variable, args, kwargs)
+                self._called[key] = takes, slots.inputs
             except Exception as error:
                 self._told.failed = self._told.failed or (self._name, error)
                 raise
@@ -160,7 +162,8 @@ class _Subgraph:
     def close(self, graph: Graph, metas: Sequence[Meta]) -> GraphModule:
         """The graph of one signature, with the inputs that the layout has for it."""
         wanted = (repr(graph.takes), tuple(metas))
-        read = next(read for key, read in self._read.items() if key[0] == wanted)
+        # A size may have turned out to be fixed while the subgraph was read.
+        read = next(self._read[key] for key, (takes, inputs) in self._called.items() if _signature(takes, inputs) == wanted)
         return self._frame.close(read, graph.captured)
 
 
