@@ -10,6 +10,7 @@ recompilation over a range of sizes.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -18,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -70,8 +71,8 @@ def steps() -> None:
                 }
                 trained = {side: _step(way, x) for side, way in ways.items()}
                 with torch.no_grad():
-                    forward = _ratio(compare({side: lambda way=way: way(x) for side, way in ways.items()}), form)
-                training = _ratio(compare(trained), form)
+                    forward = _ratio(_times({side: functools.partial(way, x) for side, way in ways.items()}), form)
+                training = _ratio(_times(trained), form)
                 saved = _ratio({side: _saved_bytes(way, x) for side, way in ways.items()}, form)
                 peak = _ratio({side: _peak_bytes(step) for side, step in trained.items()}, form)
                 counts = _kernels(block, form, x) if backend == "inductor" else "-"
@@ -84,7 +85,11 @@ def _step(way: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], object]:
     return lambda: way(leaf).square().mean().backward()
 
 
-def _ratio(measured: dict[str, float], form: str) -> str:
+def _times(ways: Mapping[str, Callable[[], object]]) -> Mapping[str, float]:
+    return compare(ways, seconds=0.1, timer=time.process_time)
+
+
+def _ratio(measured: Mapping[str, float], form: str) -> str:
     return f"{measured[form] / measured['inline']:.3f}"
 
 
