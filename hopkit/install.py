@@ -61,7 +61,11 @@ def _inlining(op: str, kernel: Kernel, answers: Sequence[Answer], decode: Decode
         if called_back(call.op):
             return _call_back(mode, call)
         if outlined(call.op) and not call.whole:
-            return outline(Tracer(mode, call.inputs), call) if isinstance(mode, ProxyMode) else kernel(mode, *args, **kwargs)
+            return (
+                outline(Tracer(mode, call.inputs), call)
+                if isinstance(mode, ProxyMode)
+                else kernel(mode, *args, **kwargs)
+            )
         devices = {"", *(value.device.type for value in call.inputs if isinstance(value, torch.Tensor))}
         rules = _rules([answer for answer in answers if answer.device in devices])
         with mode:

@@ -126,7 +126,9 @@ def outline(tracer: tracing.Tracer, call: Call) -> object:
     with _whole():
         graph = tracer.trace(f"{call.op.name}_{call.part or 'region'}", run, examples, alike, gradients=False)
     name = tracer.register(call.op.name, graph)
-    return tracer.emit(torch.ops.higher_order.invoke_subgraph, (graph, name, *call.inputs), {}, tracer.like(graph) or call())
+    return tracer.emit(
+        torch.ops.higher_order.invoke_subgraph, (graph, name, *call.inputs), {}, tracer.like(graph) or call()
+    )
 
 
 def _input(value: object) -> object:

@@ -37,7 +37,14 @@ def key(graph: Graph, held: Mapping[str, object]) -> object:
             target = Same(target)
         leaves, tree = trees.flatten((node.args, dict(node.kwargs)))
         example, custom = node.meta.get("example_value"), node.meta.get("custom")
-        return node.op, target, tuple(map(told, leaves)), repr(tree), repr(custom), tuple(map(_kind, trees.leaves(example)))
+        return (
+            node.op,
+            target,
+            tuple(map(told, leaves)),
+            repr(tree),
+            repr(custom),
+            tuple(map(_kind, trees.leaves(example))),
+        )
 
     return tuple(map(step, graph.nodes))
 

@@ -84,7 +84,7 @@ def simplified(graph: GraphModule) -> GraphModule:
     """A joint graph after Inductor's own passes: what they find, fused attention say, they find in no half of it."""
     from torch._inductor.compile_fx import _recursive_joint_graph_passes
 
-    return cast("GraphModule", _recursive_joint_graph_passes(graph, skip_invoke_subgraph=True))
+    return _recursive_joint_graph_passes(graph, skip_invoke_subgraph=True)
 
 
 def of_layout(tensor: torch.Tensor) -> torch.Tensor:

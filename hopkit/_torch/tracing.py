@@ -107,16 +107,16 @@ class Tracer:
         return _lifted[graph]
 
     def like(self, graph: GraphModule) -> tuple[torch.Tensor, ...] | None:
-        """New stand-ins of what a traced graph gives. None: they have sizes that each call has a name of its own for."""
+        """New stand-ins of what a traced graph gives. None: every call has names of its own for their sizes."""
         (output,) = graph.graph.find_nodes(op="output")
         values = [node and node.meta.get("val") for node in cast("Sequence[Node | None]", output.args[0])]
         tensors = [value for value in values if type(value) is FakeTensor and value.fake_mode is self._fake_mode]
-        if len(tensors) < len(values) or any(map(sizes.unbacked, (n for t in tensors for n in (*t.shape, *t.stride())))):
+        if len(tensors) < len(values) or any(
+            map(sizes.unbacked, (n for t in tensors for n in (*t.shape, *t.stride())))
+        ):
             return None
         with fakes.outside_modes(), cast("FakeTensorMode", self._fake_mode):
-            return tuple(
-                torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device) for t in tensors
-            )
+            return tuple(torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device) for t in tensors)
 
     def settled(self, value: object, keep: Callable[[torch.Tensor], torch.Tensor]) -> object:
         """``value``; a tensor that the graph computes in an operator passes through ``keep``."""

@@ -163,7 +163,9 @@ class _Subgraph:
         """The graph of one signature, with the inputs that the layout has for it."""
         wanted = (repr(graph.takes), tuple(metas))
         # A size may have turned out to be fixed while the subgraph was read.
-        read = next(self._read[key] for key, (takes, inputs) in self._called.items() if _signature(takes, inputs) == wanted)
+        read = next(
+            self._read[key] for key, (takes, inputs) in self._called.items() if _signature(takes, inputs) == wanted
+        )
         return self._frame.close(read, graph.captured)
 
 

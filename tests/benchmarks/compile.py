@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -196,7 +196,7 @@ def one(side: str, training: bool) -> dict[str, float]:
     got, code = written(run, compiled)
     wall, cpu = time.perf_counter() - start, _cpu_seconds() - before
     want = run(plain)
-    pairs = list(zip(got, want, strict=True))
+    pairs: list[tuple[Any, Any]] = list(zip(cast("list[Tensor]", got), want, strict=True))
     if training:
         pairs += [(p.grad, q.grad) for p, q in zip(model.parameters(), plain.parameters(), strict=True)]
     error = max(float((a - b).abs().max() / b.abs().max().clamp(min=1e-6)) for a, b in pairs)
