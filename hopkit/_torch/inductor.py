@@ -1,6 +1,8 @@
 """Inductor at work (torch/_inductor; 2.13, 2.14).
 
-If ``V.fake_mode`` is gone, ops stay nodes until they are lowered, and do not share in the passes before that.
+If ``V.fake_mode`` is gone, ops stay nodes until they are lowered, and do not share in the passes before that. If
+``_recursive_joint_graph_passes`` is gone, leave `simplified` out; if ``force_stride_order`` is, `of_layout`, and models
+with convolutions between outlined regions are refused by Inductor ("subgraph args must have consistent values").
 """
 
 from __future__ import annotations
