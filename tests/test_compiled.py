@@ -12,20 +12,18 @@ from typing import Any, cast
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._dynamo import compiled_autograd, lookup_backend
-from torch._inductor import config
 from torch.utils.checkpoint import checkpoint
 
 import hopkit
 from hopkit import Subgraph
-from hopkit._torch.inductor import written
+from hopkit._torch.inductor import compiled_backward, counting, set_up, varies, written
 from tests import models
 from tests.recording import define_once, define_twice, plainly, same, trained
 
 pytestmark = [
     pytest.mark.usefixtures("hopkit_fresh"),
     # torch's, of its own code
-    pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*torch.jit.script.*"),
     pytest.mark.filterwarnings("ignore:.*autograd.function.Function.*:DeprecationWarning"),
 ]
 
@@ -155,10 +153,6 @@ def test_outlined(name: str) -> None:
 def test_sizes_that_change_are_compiled_once(outline: bool) -> None:
     compiled: list[object] = []
 
-    def backend(graph: Any, inputs: Any) -> Any:
-        compiled.append(graph)
-        return lookup_backend("inductor")(graph, inputs)
-
     @hopkit.define("t_region", outline=outline)
     def region(body: Subgraph, x: Tensor) -> Tensor:
         return body(x)
@@ -166,7 +160,7 @@ def test_sizes_that_change_are_compiled_once(outline: bool) -> None:
     def run(x: Tensor, w: Tensor) -> Tensor:
         return region(lambda y: (y @ w).sin() + y.shape[0], region(lambda y: (y @ w).sin() + y.shape[0], x))
 
-    function = torch.compile(run, backend=backend, fullgraph=True, dynamic=True)
+    function = torch.compile(run, backend=counting("inductor", compiled), fullgraph=True, dynamic=True)
     for size in range(3, 9):
         inputs = leaves(torch.linspace(-1.0, 1.0, size * 4).reshape(size, 4), W)
         same(trained(function)(*inputs), plainly(trained(run), *inputs))
@@ -207,17 +201,13 @@ def test_floats_and_sizes_that_a_subgraph_fixes() -> None:
 def test_a_size_that_is_marked() -> None:
     once, graphs = define_once(), list[object]()
 
-    def backend(graph: Any, inputs: Any) -> Any:
-        graphs.append(graph)
-        return lookup_backend("aot_eager")(graph, inputs)
-
     def run(x: Tensor, w: Tensor) -> Tensor:
         return once(lambda y: (y @ w).sin(), x)
 
-    function = torch.compile(run, backend=backend, fullgraph=True)
+    function = torch.compile(run, backend=counting("aot_eager", graphs), fullgraph=True)
     for size in (3, 5, 8):
         inputs = leaves(torch.linspace(-1.0, 1.0, size * 4).reshape(size, 4), W)
-        torch._dynamo.mark_dynamic(inputs[0], 0)
+        varies(inputs[0], 0)
         same(trained(function)(*inputs), plainly(trained(run), *inputs))
     assert len(graphs) == 1
 
@@ -232,7 +222,7 @@ def test_sizes_that_only_values_tell_under_inductor(outline: bool) -> None:
         rows = x.abs().sum(1).nonzero().squeeze(1)
         return region(lambda y: y.sin() * 2, region(lambda y: y.sin() * 2, x[rows])) + 1
 
-    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+    with set_up(sizes_from_values=True):
         function = torch.compile(run, fullgraph=True)
         for x in (X, torch.cat([X, torch.zeros(2, 4)])):
             same(function(x), plainly(run, x))
@@ -256,7 +246,7 @@ def test_compiled_autograd(forward: str, kernel: bool) -> None:
     (x @ w).sin().square().sum().backward()
     want, x.grad, w.grad = [x.grad, w.grad], None, None
     function = torch.compile(run, backend=forward, fullgraph=True) if forward != "eager" else run
-    with compiled_autograd._enable(lambda graph: torch.compile(graph, backend="aot_eager")):
+    with compiled_backward("aot_eager"):
         function(x, w).backward()
     same([x.grad, w.grad], want)
 
@@ -377,5 +367,5 @@ def test_another_way_to_compile(name: str, outline: bool) -> None:
             return region(lambda y: (y @ self.weight).sin(), region(lambda y: (y @ self.weight).sin(), x))
 
     model = Model()
-    with config.patch(patch), torch.no_grad():
+    with set_up(**patch), torch.no_grad():
         same(torch.compile(model, fullgraph=True, **how)(X), plainly(model, X))

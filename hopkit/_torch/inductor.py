@@ -7,6 +7,7 @@ with convolutions between outlined regions are refused by Inductor ("subgraph ar
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable, Sequence
 from typing import cast
@@ -94,3 +95,40 @@ def of_layout(tensor: torch.Tensor) -> torch.Tensor:
     from torch._inductor.inductor_prims import force_stride_order
 
     return cast("torch.Tensor", force_stride_order(tensor, tensor.stride()))
+
+
+def set_up(*, sizes_from_values: bool = False, **options: object) -> contextlib.AbstractContextManager[None]:
+    """Inside, Inductor has these options, and Dynamo may read what only values tell the size of; for tests."""
+    from torch._dynamo import config as dynamo
+    from torch._inductor import config
+
+    stack = contextlib.ExitStack()
+    stack.enter_context(config.patch(options))
+    stack.enter_context(dynamo.patch(capture_dynamic_output_shape_ops=sizes_from_values))
+    return cast("contextlib.AbstractContextManager[None]", stack)
+
+
+def compiled_backward(backend: str) -> contextlib.AbstractContextManager[None]:
+    """Inside, autograd's graph is compiled when it runs (CompiledAutograd); for tests."""
+    from torch._dynamo import compiled_autograd
+
+    return compiled_autograd._enable(lambda graph: torch.compile(graph, backend=backend))
+
+
+def counting(backend: str, graphs: list[object]) -> Callable[..., object]:
+    """A backend that also notes what it gets; for tests and benchmarks."""
+    from torch._dynamo import lookup_backend
+
+    def noted(graph: GraphModule, inputs: list[torch.Tensor]) -> object:
+        graphs.append(graph)
+        return lookup_backend(backend)(graph, inputs)
+
+    return noted
+
+
+def varies(tensor: torch.Tensor, dim: int) -> torch.Tensor:
+    """``tensor``, with a size that Dynamo takes for one that changes; for tests."""
+    from torch._dynamo import mark_dynamic
+
+    mark_dynamic(tensor, dim)
+    return tensor

@@ -24,9 +24,8 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo import lookup_backend
 
-from hopkit._torch.inductor import written
+from hopkit._torch.inductor import counting, written
 from tests import models
 from tests.benchmarks.timing import compare, table
 
@@ -215,13 +214,8 @@ def sizes() -> None:
     for form in ("inline", "single", "composite", "outline"):
         torch.compiler.reset()
         compiled: list[object] = []
-
-        def backend(graph: Any, inputs: Any, compiled: list[object] = compiled) -> Any:
-            compiled.append(graph)
-            return lookup_backend("inductor")(graph, inputs)
-
         model = models.Gpt(2, FORMS[form]())
-        run = torch.compile(model, backend=backend, fullgraph=True)
+        run = torch.compile(model, backend=counting("inductor", compiled), fullgraph=True)
         for length in (8, 12):
             run(torch.randint(0, 64, (2, length))).square().mean().backward()
         first = len(compiled)
