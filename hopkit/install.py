@@ -17,6 +17,7 @@ from hopkit.authored import batched, pushed
 from hopkit.call import Call
 from hopkit.errors import RuleError, no_gradient
 from hopkit.handwritten import hand_written
+from hopkit.region import outline, outlined
 from hopkit.rule import Answer, Decline, Place, Table, ask, takes_calls
 from hopkit.spec import OpSpec
 
@@ -59,6 +60,12 @@ def _inlining(op: str, kernel: Kernel, answers: Sequence[Answer], decode: Decode
         call = decode(*args, **kwargs)
         if called_back(call.op):
             return _call_back(mode, call)
+        if outlined(call.op) and not call.whole:
+            return (
+                outline(Tracer(mode, call.inputs), call)
+                if isinstance(mode, ProxyMode)
+                else kernel(mode, *args, **kwargs)
+            )
         devices = {"", *(value.device.type for value in call.inputs if isinstance(value, torch.Tensor))}
         rules = _rules([answer for answer in answers if answer.device in devices])
         with mode:

@@ -26,6 +26,7 @@ from hopkit.digest import cacheable, digest, other_body
 from hopkit.errors import CallError, HopkitWarning, no_gradient
 from hopkit.probe import Unrecordable, Unrehearsable
 from hopkit.record import Recorder, plain_form, run_or_examples
+from hopkit.region import outlined
 from hopkit.rule import Answer, Place, Table, ask
 from hopkit.spec import Kind, OpSpec
 
@@ -261,7 +262,7 @@ class Op(Generic[P, R]):
         if install.lowered(self.table):
             inductor.lower(self.operator, self._lower)
             return False
-        return not (self._asking.always or install.called_back(self.spec))
+        return not (self._asking.always or install.called_back(self.spec) or outlined(self.spec))
 
     def _lower(self, /, *args: object, **kwargs: object) -> object:
         call = self.decode(*args, **kwargs)
@@ -334,8 +335,6 @@ class Op(Generic[P, R]):
         if not (self._transparent and state.quiet()) and self._asked(call.inputs):
             return self._stamped(call)()
         self._compare(call.layout)
-        if self.spec.outline and inductor.compiling() and state.functionalizing():
-            call = call.replace(graphs=[inductor.outlined(graph) for graph in call.graphs])
         result = self._in_place(call.like_body if rehearsing() else call.run, call.inputs)
         return result if state.quiet() else bound(result, call.inputs)
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import cast
 
 import torch
 
-from hopkit._torch import partition, tracing, trees
+from hopkit._torch import inductor, partition, tracing, trees
 from hopkit._torch.autograd import differentiable
-from hopkit._torch.fakes import Stage
+from hopkit._torch.fakes import Stage, outside_modes
 from hopkit._torch.functional import frozen
 from hopkit._torch.sizes import describe
 from hopkit.call import Call, key_of
+from hopkit.spec import OpSpec
 
 
 class Halves:
@@ -29,10 +32,14 @@ class Halves:
     def __init__(self, call: Call) -> None:
         self._call = call
         self._decompositions = tracing.decompositions()
-        outputs = enumerate(trees.leaves(call.rehearsal.outputs))
-        self._expected = {i: cast("torch.Tensor", output) for i, output in outputs if differentiable(output)}
         self._key = (call.op.name, *map(key_of, call.graphs), str(call.keywords), *map(_input, call.inputs))
+        self._expected = tracing.remembered(("outputs", self._key), self._outputs)
         self._cut = tracing.remembered(self._key, lambda: partition.cut(self._joint(self._expected)))
+
+    def _outputs(self) -> Mapping[int, torch.Tensor]:
+        """Stand-ins of the outputs that may have a gradient."""
+        outputs = enumerate(trees.leaves(self._call.rehearsal.outputs))
+        return {i: cast("torch.Tensor", output) for i, output in outputs if differentiable(output)}
 
     @property
     def constant(self) -> frozenset[int]:
@@ -67,7 +74,8 @@ class Halves:
 
     def _joint(self, gradients: Mapping[int, torch.Tensor]) -> partition.Joint:
         stage, inputs = Stage(self._call.inputs), self._call.inputs
-        with stage.open(rehearsal=False):
+        inside = _whole() if outlined(self._call.op) else contextlib.nullcontext()
+        with stage.open(rehearsal=False), inside:
             fakes = [stage.fake(value) if isinstance(value, torch.Tensor) else value for value in inputs]
             given = {i: stage.fake(gradient).detach() for i, gradient in gradients.items()}
 
@@ -77,9 +85,59 @@ class Halves:
             return partition.trace(run, inputs, fakes, given, stage, self._decompositions)
 
 
+_inside: contextvars.ContextVar[bool] = contextvars.ContextVar("hopkit.region", default=False)
+
+
+@contextlib.contextmanager
+def _whole() -> Iterator[None]:
+    """Inside, what a region is made of is recorded."""
+    token = _inside.set(True)
+    try:
+        yield
+    finally:
+        _inside.reset(token)
+
+
+def outlined(op: OpSpec) -> bool:
+    """Whether Inductor gets a call of a region, whose code it writes once, and no code in place.
+
+    A region has none in it: a call inside one is part of it.
+    """
+    return op.outline and not _inside.get() and inductor.outlines()
+
+
+def outline(tracer: tracing.Tracer, call: Call) -> object:
+    """Record a call of a region: the graph of this call, which is traced once for all calls that are alike.
+
+    Args:
+        tracer: The graph that is being recorded.
+        call: Below autograd and functionalization.
+    """
+
+    # One code for all calls: Inductor, which changes the layout of what it computes, must not do so for some of them.
+    call = call.replace(inputs=[tracer.settled(value, inductor.of_layout) for value in call.inputs])
+
+    def run(*inputs: object) -> tuple[object, ...]:
+        return tuple(trees.leaves(call.replace(inputs=inputs).run()))
+
+    alike = ("region", call.op.name, *map(key_of, call.graphs), str(call.keywords), *map(_like, call.inputs))
+    with outside_modes():
+        examples = [value.detach() if isinstance(value, torch.Tensor) else value for value in call.inputs]
+    with _whole():
+        graph = tracer.trace(f"{call.op.name}_{call.part or 'region'}", run, examples, alike, gradients=False)
+    name = tracer.register(call.op.name, graph)
+    return tracer.emit(
+        torch.ops.higher_order.invoke_subgraph, (graph, name, *call.inputs), {}, tracer.like(graph) or call()
+    )
+
+
 def _input(value: object) -> object:
     """What a joint graph is traced for."""
-    return (_told(value), value.requires_grad) if isinstance(value, torch.Tensor) else describe(cast("int", value))
+    return _like(value), isinstance(value, torch.Tensor) and value.requires_grad
+
+
+def _like(value: object) -> object:
+    return _told(value) if isinstance(value, torch.Tensor) else describe(cast("int", value))
 
 
 def _told(tensor: torch.Tensor) -> object:

@@ -158,9 +158,19 @@ def stand_in(tensor: torch.Tensor, mode: FakeTensorMode) -> torch.Tensor:
         wanted, tensor = tensor.requires_grad, unfunctional(tensor)
         if type(tensor) in (torch.Tensor, torch.nn.Parameter, FakeTensor) and tensor.layout is torch.strided:
             fake = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+            if isinstance(tensor, FakeTensor) and tensor.fake_mode.shape_env is mode.shape_env:
+                # What stands for its one number: with dynamic=True Dynamo has a tensor for every float that may change.
+                cast("FakeTensor", fake).item_memo = _known_item(tensor)
         else:
             fake = mode.from_tensor(tensor, static_shapes=True).detach()
         return fake.requires_grad_(wanted)
+
+
+def _known_item(tensor: FakeTensor) -> torch.SymInt | torch.SymFloat | torch.SymBool | None:
+    """The symbol of a tensor's one number, if that is an input's: such a one is good in every epoch of a fake mode."""
+    held = vars(tensor)
+    item = held.get("_item_memo") if held.get("_item_memo_vc") == tensor._version else None
+    return item if isinstance(item, sizes.SYMBOLIC) and not sizes.unbacked(item) else None
 
 
 def is_stand_in(tensor: torch.Tensor) -> bool:

@@ -8,6 +8,7 @@ is loaded.
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NoReturn, Protocol, TypeAlias, cast
 
@@ -26,10 +27,11 @@ from torch._dynamo.variables import (
 from torch._dynamo.variables import higher_order_ops as hops
 from torch._dynamo.variables.base import VariableTracker
 from torch._dynamo.variables.builder import SourcelessBuilder, wrap_fx_proxy, wrap_fx_proxy_cls
+from torch._guards import TracingContext
 from torch.fx import Graph, GraphModule, Node, Proxy
 from torch.utils import _pytree as pytree
 
-from hopkit._torch import sizes, trees
+from hopkit._torch import equal, sizes, trees
 from hopkit._torch.autograd import computed
 from hopkit._torch.fakes import left, run_in_mode, stand_in
 
@@ -256,15 +258,25 @@ class Frame:
             inputs: Values that `value` gave, or that a subgraph read captured.
         """
         tx = self._tx
-        installed = {graph: tx.output.install_subgraph(name, graph) for graph, name in names.items()}
+        installed = {graph: self._installed(name, graph) for graph, name in names.items()}
+        graphs = [cast("GraphModule", tx.output.nn_modules[installed[graph]]) for graph in graphs]
         with left(self._mode), enable_python_dispatcher():
             examples = run_in_mode(lambda: self.target(*graphs, tuple(inputs), **keywords), self._mode)
         proxies = (
-            *(hops.make_attr(tx, installed[graph]) for graph in graphs),
+            *(hops.make_attr(tx, name) for name in installed.values()),
             tuple(self._proxies[identity(value)] for value in inputs),
         )
         node = tx.output.create_proxy("call_function", self.target, proxies, dict(keywords))
         return unpack_iterable(tx, wrap_fx_proxy(tx, node, example_value=tuple(cast("Sequence[object]", examples))))
+
+    def _installed(self, name: str, graph: GraphModule) -> str:
+        """The name under which Dynamo's graph holds this graph, or one that is equal: it is then compiled once."""
+        output = self._tx.output
+        known, key = _equal.setdefault(output.tracing_context, {}), equal.key(graph.graph, output.nn_modules)
+        taken = known.get(key)
+        if taken is None or output.nn_modules.get(taken[0]) is not taken[1]:  # what Dynamo takes back, it forgets
+            taken = known[key] = (output.install_subgraph(name, graph), graph)
+        return taken[0]
 
     def refuse(self, what: str, error: Exception) -> NoReturn:
         """End reading here: a graph break, or an error where there must be none.
@@ -373,6 +385,8 @@ class _Call(VariableTracker):
 
 
 _INPUTS = (torch.Tensor, *sizes.SYMBOLIC)
+
+_equal: weakref.WeakKeyDictionary[TracingContext, dict[object, tuple[str, GraphModule]]] = weakref.WeakKeyDictionary()
 
 
 def identity(value: object) -> object:

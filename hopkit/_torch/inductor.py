@@ -1,13 +1,14 @@
 """Inductor at work (torch/_inductor; 2.13, 2.14).
 
-If ``V.fake_mode`` is gone, ops stay nodes until they are lowered, and do not share in the passes before that.
+If ``V.fake_mode`` is gone, ops stay nodes until they are lowered, and do not share in the passes before that. If
+``_recursive_joint_graph_passes`` is gone, leave `simplified` out; if ``force_stride_order`` is, `of_layout`, and models
+with convolutions between outlined regions are refused by Inductor ("subgraph args must have consistent values").
 """
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import sys
-import uuid
 from collections.abc import Callable, Sequence
 from typing import cast
 
@@ -73,32 +74,61 @@ def written(run: Callable[..., object], *args: object) -> tuple[object, str]:
     return result, "".join(code)
 
 
-def outlined(graph: Callable[..., object]) -> Callable[..., object]:
-    """``graph`` as a region of its own, whose code is compiled once for all calls of an equal graph on equal inputs."""
-    if not isinstance(graph, GraphModule):
-        return graph
-    code = _code(graph) or uuid.uuid4().hex  # with values of its own it is equal to no other
+def outlines() -> bool:
+    """Whether what is traced now may call regions. Code without Python cannot (``codegen_invoke_subgraph``)."""
+    if not compiling() or packaging():
+        return False
+    from torch._inductor import config
 
-    def call(*inputs: object) -> object:
-        told = repr((code, torch.is_grad_enabled(), *map(_layout, inputs)))
-        name = f"hopkit_{hashlib.sha256(told.encode()).hexdigest()[:16]}"
-        return torch.ops.higher_order.invoke_subgraph(graph, name, *inputs)
-
-    return call
+    return not config.cpp_wrapper
 
 
-def _code(graph: GraphModule) -> str:
-    """The code of a graph and of those inside it; "" where it holds tensors or modules, which no code tells."""
-    inner = [module for name, module in graph.named_modules() if name]
-    if any(not isinstance(module, GraphModule) for module in inner) or [*graph.parameters(), *graph.buffers()]:
-        return ""
-    held = (getattr(m, n.target, None) for m in (graph, *inner) for n in m.graph.find_nodes(op="get_attr"))
-    if any(not isinstance(value, GraphModule) for value in held):
-        return ""
-    return "".join(module.code for module in (graph, *inner))
+def simplified(graph: GraphModule) -> GraphModule:
+    """A joint graph after Inductor's own passes: what they find, fused attention say, they find in no half of it."""
+    from torch._inductor.compile_fx import _recursive_joint_graph_passes
+
+    return _recursive_joint_graph_passes(graph, skip_invoke_subgraph=True)
 
 
-def _layout(value: object) -> object:
-    if not isinstance(value, torch.Tensor):
-        return str(value)
-    return value.dtype, str(value.device), str(value.shape), str(value.stride()), value.requires_grad
+def of_layout(tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor``, in the memory layout that it has now, whatever Inductor makes of what computes it."""
+    from torch._inductor.inductor_prims import force_stride_order
+
+    return cast("torch.Tensor", force_stride_order(tensor, tensor.stride()))
+
+
+def set_up(*, sizes_from_values: bool = False, **options: object) -> contextlib.AbstractContextManager[None]:
+    """Inside, Inductor has these options, and Dynamo may read what only values tell the size of; for tests."""
+    from torch._dynamo import config as dynamo
+    from torch._inductor import config
+
+    stack = contextlib.ExitStack()
+    stack.enter_context(config.patch(options))
+    stack.enter_context(dynamo.patch(capture_dynamic_output_shape_ops=sizes_from_values))
+    return cast("contextlib.AbstractContextManager[None]", stack)
+
+
+def compiled_backward(backend: str) -> contextlib.AbstractContextManager[None]:
+    """Inside, autograd's graph is compiled when it runs (CompiledAutograd); for tests."""
+    from torch._dynamo import compiled_autograd
+
+    return compiled_autograd._enable(lambda graph: torch.compile(graph, backend=backend))
+
+
+def counting(backend: str, graphs: list[object]) -> Callable[..., object]:
+    """A backend that also notes what it gets; for tests and benchmarks."""
+    from torch._dynamo import lookup_backend
+
+    def noted(graph: GraphModule, inputs: list[torch.Tensor]) -> object:
+        graphs.append(graph)
+        return lookup_backend(backend)(graph, inputs)
+
+    return noted
+
+
+def varies(tensor: torch.Tensor, dim: int) -> torch.Tensor:
+    """``tensor``, with a size that Dynamo takes for one that changes; for tests."""
+    from torch._dynamo import mark_dynamic
+
+    mark_dynamic(tensor, dim)
+    return tensor

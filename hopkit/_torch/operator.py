@@ -91,7 +91,8 @@ class Operator(HigherOrderOperator):
         self._dispatch_cache.clear()
 
 
-dynamo.skip(cast("FunctionType", Operator.__call__))
+for _entry in (Operator.__call__, Operator.redispatch, Operator.dispatch):  # CompiledAutograd enters in the middle
+    dynamo.skip(cast("FunctionType", _entry))
 
 
 def taken(name: str) -> bool:

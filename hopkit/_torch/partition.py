@@ -17,7 +17,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import preserve_node_meta
 
-from hopkit._torch import sizes
+from hopkit._torch import inductor, sizes
 from hopkit._torch.autograd import needs_gradient
 from hopkit._torch.fakes import Stage, outside_modes, unfunctional
 from hopkit._torch.watch import Substitute
@@ -117,7 +117,11 @@ def trace(
     names = [*(f"primals_{i}" for i in range(len(fakes))), *(f"{_GRADIENT}{i}" for i in gradients)]
     for node, name in zip(module.graph.find_nodes(op="placeholder"), names, strict=True):
         node.name = node.target = name  # the partitioner goes by these names
-    return Joint(_without_copies(module), len(inputs), both.count, both.constant)
+    module = _without_copies(module)
+    if inductor.compiling():
+        with outside_modes():
+            module = inductor.simplified(module)
+    return Joint(module, len(inputs), both.count, both.constant)
 
 
 _GRADIENT = "tangents_"

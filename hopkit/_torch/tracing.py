@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import operator
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar, cast
@@ -11,7 +12,8 @@ import torch
 from torch._guards import detect_fake_mode
 from torch._higher_order_ops.utils import reenter_make_fx
 from torch._prims.rng_prims import run_and_save_rng_state
-from torch.fx import GraphModule
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import (
     ProxyTorchDispatchMode,
     PythonKeyTracer,
@@ -21,7 +23,7 @@ from torch.fx.experimental.proxy_tensor import (
 )
 from torch.utils.checkpoint import CheckpointPolicy
 
-from hopkit._torch import fakes, trees
+from hopkit._torch import fakes, sizes, trees
 from hopkit._torch.autograd import computed
 
 T = TypeVar("T")
@@ -41,6 +43,7 @@ class Tracer:
     """The graph that is being recorded."""
 
     def __init__(self, mode: ProxyTorchDispatchMode, inputs: Sequence[object]) -> None:
+        self._mode = mode
         # Its other tracer never gets as far as an operator.
         self._tracer = cast("PythonKeyTracer", mode.tracer)
         self._fake_mode = detect_fake_mode(inputs)
@@ -104,6 +107,29 @@ class Tracer:
             _lifted[graph] = tuple(constants.values())
         return _lifted[graph]
 
+    def like(self, graph: GraphModule) -> tuple[torch.Tensor, ...] | None:
+        """New stand-ins of what a traced graph gives. None: every call has names of its own for their sizes."""
+        (output,) = graph.graph.find_nodes(op="output")
+        values = [node and node.meta.get("val") for node in cast("Sequence[Node | None]", output.args[0])]
+        tensors = [value for value in values if type(value) is FakeTensor and value.fake_mode is self._fake_mode]
+        if len(tensors) < len(values) or any(
+            map(sizes.unbacked, (n for t in tensors for n in (*t.shape, *t.stride())))
+        ):
+            return None
+        with fakes.outside_modes(), cast("FakeTensorMode", self._fake_mode):
+            return tuple(torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device) for t in tensors)
+
+    def settled(self, value: object, keep: Callable[[torch.Tensor], torch.Tensor]) -> object:
+        """``value``; a tensor that the graph computes in an operator passes through ``keep``."""
+        if not isinstance(value, torch.Tensor) or value.dim() < _CONVOLVED or 0 in value.stride():
+            return value
+        node = getattr(self._tracer.unwrap_proxy(value), "node", None)
+        made_by = node and (node.args[0] if node.target is operator.getitem else node)
+        if made_by is None or made_by.op != "call_function" or made_by.target is _invoke_subgraph:
+            return value
+        with self._mode:
+            return keep(value)
+
     def emit(
         self,
         target: Callable[..., object],
@@ -125,6 +151,12 @@ def attribute(module: torch.nn.Module, path: str) -> object:
     for name in filter(None, path.split(".")):
         found = getattr(found, name)
     return found
+
+
+_invoke_subgraph = torch.ops.higher_order.invoke_subgraph
+
+_CONVOLVED = 3
+"""The fewest dimensions of what a convolution gives."""
 
 
 def _draws(graph: object) -> bool:

@@ -47,6 +47,7 @@ def test_the_seam_is_read() -> None:
     assert {"torch._ops.HigherOrderOperator", "torch._C._dispatch_key_for_device"} <= set(USES)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")  # torch's, of Inductor's imports
 @pytest.mark.parametrize("name", USES)
 def test_torch_still_has(name: str) -> None:
     assert _exists(name), f"torch {torch.__version__} has no {name}. Needed by {USES[name]}"
