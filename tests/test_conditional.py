@@ -7,7 +7,6 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
-from torch._higher_order_ops import while_loop
 
 from hopkit import HopkitWarning
 from tests.recording import define_once, define_twice, nodes, plainly, record, same, trained
@@ -29,7 +28,7 @@ def chosen(y: Tensor) -> Tensor:
 
 def counted(y: Tensor) -> Tensor:
     start = torch.zeros((), dtype=torch.int64)
-    return while_loop(lambda i, a: i < 3, lambda i, a: (i + 1, a * W), (start, y))[1]  # type: ignore[no-any-return] # torch's
+    return torch.while_loop(lambda i, a: i < 3, lambda i, a: (i + 1, a * W), (start, y))[1]  # type: ignore[no-any-return] # torch's
 
 
 SUBGRAPHS: dict[str, Function] = {"cond": chosen, "loop": counted}

@@ -6,23 +6,19 @@ may be imported before the op is defined, or after; hopkit never imports it befo
 
 from __future__ import annotations
 
-import contextlib
 import importlib.machinery
 import sys
-import threading
 from collections.abc import Sequence
 from types import FunctionType, ModuleType
 from typing import TYPE_CHECKING
 
-import torch
 from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy
 
 if TYPE_CHECKING:
     from torch._guards import Source
     from torch._ops import HigherOrderOperator
 
-_LOADED = "torch._dynamo"
-_MODULE = f"{_LOADED}.variables.higher_order_ops"
+_MODULE = "torch._dynamo.variables.higher_order_ops"
 
 _before: dict[str, object] = {}
 """The names of hopkit's ops, and the entries of torch's own that stood there; None: there was none, as far as seen."""
@@ -34,45 +30,6 @@ def skip(function: FunctionType) -> None:
     After a graph break it would read hopkit's frames.
     """
     set_code_exec_strategy(function.__code__, _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP))
-
-
-class Out:
-    """Keeps Dynamo out while a subgraph is rehearsed or traced: what compiles itself, as ``torch.cond``, runs as it is.
-
-    Dynamo would read the frames of the modes around, and (2.13) never again compile a function that it met in one.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._count = 0
-        self._stance: contextlib.AbstractContextManager[None] | None = None
-        self._loaded = False
-
-    def enter(self) -> None:
-        """Once more; all threads share torch's setting."""
-        with self._lock:
-            self._count += 1
-            if self._count > 1:
-                return
-            self._loaded = _LOADED in sys.modules
-            if self._loaded:
-                with contextlib.suppress(RuntimeError):  # Dynamo is reading, and so lets nobody in
-                    self._stance = torch.compiler.set_stance("force_eager")
-
-    def leave(self) -> None:
-        """Once less."""
-        with self._lock:
-            self._count -= 1
-            if self._count:
-                return
-            stance, self._stance = self._stance, None
-            if stance is not None:
-                stance.__exit__(None, None, None)
-            elif not self._loaded and _LOADED in sys.modules:
-                torch.compiler.reset()  # the subgraph was the first to load it: nothing is lost
-
-
-out = Out()
 
 
 def register(name: str) -> None:

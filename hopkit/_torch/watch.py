@@ -15,9 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from typing_extensions import Self
 
 from hopkit._torch import trees
-from hopkit._torch.dynamo import out
 from hopkit._torch.fakes import is_stand_in, same_storage
 from hopkit._torch.sizes import SYMBOLIC, Describe, describe, symbols
+from hopkit._torch.stance import out
 
 T = TypeVar("T")
 
