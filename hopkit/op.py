@@ -217,7 +217,8 @@ class Op(Generic[P, R]):
         if rehearsing() or (unrehearsable is not None and self._declared(operands)):
             return self._in_place(lambda: run_or_examples(self.spec, values), (args, kwargs))
         arguments, keywords = self.spec.arguments(values)
-        result = self._in_place(lambda: self._body(*arguments, **keywords), (args, kwargs))
+        body = self._body_for(operands)
+        result = self._in_place(lambda: body(*arguments, **keywords), (args, kwargs))
         if unrehearsable is not None:
             unrehearsable.report(self.spec)
         return result
@@ -251,6 +252,16 @@ class Op(Generic[P, R]):
             return True
         subclasses = self._asking.subclasses
         return bool(subclasses) and any(isinstance(leaf, subclasses) for leaf in trees.leaves(operands))
+
+    def _body_for(self, operands: Sequence[object]) -> Callable[..., object]:
+        """The body, or what takes its place on tensors of a class that a plugin serves."""
+        hidden = state.recording() or state.transforming() or state.forward_mode() or self.spec.name in _vanished.get()
+        leaves = trees.leaves(operands) if self._asking.in_place and not hidden else []
+        for entry, answers in self._asking.in_place:
+            if any(isinstance(leaf, entry) for leaf in leaves):
+                rules = [functools.partial(cast("Callable[..., object]", a.rule), entry) for a in answers]
+                return functools.partial(ask, self.spec.name, answers[0].mode, [*rules, self._body])
+        return self._body
 
     def _declared(self, operands: Sequence[object]) -> bool:
         """Whether the operands have no values, and ``outputs=`` says what the result is."""

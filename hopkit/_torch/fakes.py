@@ -72,7 +72,9 @@ class Stage:
         if isinstance(tensor, FakeTensor):
             return tensor.fake_mode is self.mode
         if is_traceable_wrapper_subclass(tensor):
-            return all(self.owns(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
+            # A name may stand for what is no tensor: a DTensor has its mesh.
+            parts = (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
+            return all(self.owns(part) for part in parts if isinstance(part, torch.Tensor))
         return False
 
     def fake(self, tensor: torch.Tensor) -> torch.Tensor:
