@@ -155,13 +155,16 @@ def stand_in(tensor: torch.Tensor, mode: FakeTensorMode) -> torch.Tensor:
         temporarily_clear_interpreter_stack(),
         _disable_current_modes(),
         torch.no_grad(),
-        mode,
     ):
         wanted, tensor = tensor.requires_grad, unfunctional(tensor)
+        if not tensor.is_leaf:  # torch would ask for its gradient, and warn of that
+            tensor = tensor.detach()
         if type(tensor) in (torch.Tensor, torch.nn.Parameter, FakeTensor) and tensor.layout is torch.strided:
-            fake = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+            with mode:
+                fake = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=tensor.device)
         else:
-            fake = mode.from_tensor(tensor, static_shapes=True).detach()
+            with mode:
+                fake = mode.from_tensor(tensor, static_shapes=True).detach()
         return fake.requires_grad_(wanted)
 
 

@@ -225,9 +225,10 @@ def the_styles_of_torch_work_on_the_modules_of_an_op(mesh: DeviceMesh) -> None:
     (x,) = values((5, 6))
     plain, spread = Mlp(), Mlp()
     parallelize_module(spread, mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
-    with CommDebugMode() as comm:
-        output = spread(x)
+    with CommDebugMode() as comm, torch.no_grad():
+        spread(x)
     assert comm.get_total_counts() == 1  # the sum after the second layer
+    output = spread(x)
     output.sum().backward()
     plain(x).sum().backward()
     same([output.detach()], [plain(x).detach()])
@@ -393,8 +394,6 @@ def a_sum_may_stay_open(mesh: DeviceMesh) -> None:
 
 @on_four
 def a_constant_graph_follows_a_rule(mesh: DeviceMesh) -> None:
-    """Somebody else's op: only here, last of its kind, as the rule stays."""
-
     @hopkit.define("dt_const")
     def const(graph: torch.fx.GraphModule, args: tuple[Tensor, ...]) -> object:
         return graph(*args)
