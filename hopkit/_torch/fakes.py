@@ -157,12 +157,12 @@ def stand_in(tensor: torch.Tensor, mode: FakeTensorMode) -> torch.Tensor:
         torch.no_grad(),
     ):
         wanted, tensor = tensor.requires_grad, unfunctional(tensor)
-        if not tensor.is_leaf:  # torch would ask for its gradient, and warn of that
-            tensor = tensor.detach()
         if type(tensor) in (torch.Tensor, torch.nn.Parameter, FakeTensor) and tensor.layout is torch.strided:
             with mode:
                 fake = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=tensor.device)
         else:
+            # Of what is no leaf torch would ask for the gradient, and warn of that.
+            tensor = tensor if tensor.is_leaf else tensor.detach()
             with mode:
                 fake = mode.from_tensor(tensor, static_shapes=True).detach()
         return fake.requires_grad_(wanted)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib.metadata import entry_points
 
 import hopkit_dtensor
 import pytest
 import torch
 import torch.distributed as dist
+from hopkit_dtensor import Placements
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
@@ -16,7 +18,6 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import hopkit
 from hopkit.extend import CaptureError, RuleError
 from hopkit.testing import fresh
-from hopkit_dtensor import Placements
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +61,13 @@ def spread(mesh: DeviceMesh) -> tuple[DTensor, DTensor]:
 
 
 # In hopkit
+
+
+def test_it_is_installed() -> None:
+    (entry,) = [entry for entry in entry_points(group="hopkit") if entry.name == "dtensor"]
+    assert entry.load() is hopkit_dtensor
+    assert entry.dist is not None
+    assert entry.dist.name == "hopkit-dtensor"
 
 
 def test_the_mode_is_listed() -> None:
