@@ -40,7 +40,7 @@ class Asking:
     @property
     def quietly(self) -> bool:
         """Whether a call may be asked for that no mode, tracer or profiler sees."""
-        return self.always or bool(self.subclasses or self.transforms or self.in_place)
+        return self.always or bool(self.subclasses or self.transforms)
 
 
 def asking(table: Table, modes: Sequence[Mode]) -> Asking:

@@ -444,7 +444,7 @@ def _work(rank: int, directory: Path) -> None:
         store=dist.FileStore(str(directory / "store"), WORLD),
         rank=rank,
         world_size=WORLD,
-        timeout=datetime.timedelta(seconds=30),
+        timeout=datetime.timedelta(seconds=120),
     )
     problems: dict[str, str] = {}
     try:
