@@ -23,6 +23,7 @@ class Asking:
         kernels: Who answers a call that nothing records, differentiates or transforms. Empty where nothing is asked
             for, or where a rule for a subclass or a backend comes first.
         derivative: Whether one is written by hand. It sees the author's arguments.
+        in_place: For tensors of a class, rules that take the place of the body.
         transforms: The modes of the transforms of torch.func that a rule is written for.
         whole: Whether a kernel, or a way to record the op, is written by hand. It sees the op, and not a part of it.
     """
@@ -34,6 +35,7 @@ class Asking:
     derivative: bool = False
     whole: bool = False
     transforms: frozenset[str] = frozenset()
+    in_place: tuple[tuple[type, tuple[Answer, ...]], ...] = ()
 
     @property
     def quietly(self) -> bool:
@@ -44,6 +46,8 @@ class Asking:
 def asking(table: Table, modes: Sequence[Mode]) -> Asking:
     """What the rules in ``table`` ask for."""
     written = {mode for mode, answers in table.items() if answers and answers[0].place is not Place.BUILTIN}
+    in_place = {mode.name: mode.entry for mode in modes if mode.name in written and mode.in_place}
+    written -= in_place.keys()
     entries = [_BUILTIN.get(mode.name, mode.entry) for mode in modes if mode.name in written]
     classes = [entry for entry in entries if isinstance(entry, type)]
     subclasses = tuple(cls for cls in classes if issubclass(cls, torch.Tensor))
@@ -55,6 +59,7 @@ def asking(table: Table, modes: Sequence[Mode]) -> Asking:
         subclasses=subclasses,
         kernels=table["device"] if by_hand and not (subclasses or backends) else (),
         derivative="autograd" in written,
+        in_place=tuple((entry, table[name]) for name, entry in in_place.items() if isinstance(entry, type)),
         transforms=frozenset(written & {"vmap", "jvp"} | ({"grad"} if "autograd" in written else set())),
         whole=backends or not written.isdisjoint({"device", "functionalize", "proxy", "inductor"}),
     )

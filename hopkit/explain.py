@@ -148,7 +148,8 @@ def _rows(op: AnyOp, mode: Mode, plugins: Plugins) -> Iterator[Row]:
             kind = "decomposing" if op.spec.untransformed else "derived"
             yield Row(name, kind, "", "", asked, mode.gives)
         else:
-            yield Row(name, "missing" if mode.open else "decomposing", "", "", asked, "the body runs in the mode")
+            missing = mode.open and mode.default == "derived"
+            yield Row(name, "missing" if missing else "decomposing", "", "", asked, "the body runs in the mode")
 
 
 def _kind(spec: OpSpec, mode: Mode, answer: Answer) -> Kind:

@@ -33,7 +33,7 @@ def kernels(op: str, table: Table, modes: Sequence[Mode], decode: Decode) -> dic
     found: dict[Key, Kernel] = {}
     for mode in modes:
         answers = table.get(mode.name, ())
-        if answers and mode.name not in _ELSEWHERE:
+        if answers and mode.name not in _ELSEWHERE and not mode.in_place:
             found.update(_ADAPTERS.get(mode.name, _added)(op, mode, answers, decode))
     if not lowered(table):
         for key in (keys.FUNCTIONALIZE, keys.PROXY):

@@ -33,6 +33,7 @@ class Kit:
         self._entries: dict[str, EntryPoint] | None = {} if alone else None  # None: nobody has looked yet
         self._loading = False
         self._complaints: list[str] = []
+        self._early: list[tuple[AnyOp, str, Rule, str]] = []
 
     # Built when first needed: importing hopkit must stay light.
     @property
@@ -64,6 +65,7 @@ class Kit:
             finally:
                 self._loading = False
             self._entries = left
+            self._attach_early()
             if not left:
                 for op in self._every_op():
                     op.loaded()
@@ -215,6 +217,9 @@ class Kit:
             PluginError: There is no such mode, it takes no rules, or the rule does not fit it.
         """
         if mode not in {m.name for m in self.plugins.modes}:
+            if self._loading:  # one that is still to come may bring it
+                self._early.append((op, mode, rule, device))
+                return
             self.load()  # an installed plugin may bring it
         known = {m.name: m for m in self.plugins.modes}
         if mode not in known or not known[mode].open:
@@ -230,6 +235,16 @@ class Kit:
         op.author[:] = author
         op.install(table, self.plugins.modes)
         self._tell()
+
+    def _attach_early(self) -> None:
+        """Attach what authors attached while the plugins were loaded, and a mode was not there yet."""
+        while self._early:
+            op, mode, rule, device = self._early.pop(0)
+            try:
+                if self.ops.get(op.spec.name) is op:  # else its plugin failed, and took the op with it
+                    self.attach(op, mode, rule, device)
+            except PluginError as error:
+                self._note(error)
 
     # -- plugins -----------------------------------------------------------------------------------------------------
 

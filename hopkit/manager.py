@@ -225,6 +225,13 @@ class Plugins:
                         why="torch asks dispatch mode classes, tensor classes with __torch_dispatch__, dispatch keys",
                         todo="Give a list of hopkit.extend.Mode(name, entry=MyMode, gives='...')",
                     )
+                if mode.in_place and not keys.is_tensor_class(mode.entry):
+                    raise PluginError(
+                        f"plugin '{name}', hook 'hopkit_add_modes'",
+                        f"gave {mode!r}",
+                        why="a rule in place of the body is asked for by a tensor among the operands",
+                        todo="Give it a subclass of torch.Tensor as its entry, or leave out `in_place`",
+                    )
                 if any(mode.name == known.name or mode.entry is known.entry for known in self.modes):
                     raise PluginError(
                         f"plugin '{name}', hook 'hopkit_add_modes'",

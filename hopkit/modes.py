@@ -17,6 +17,9 @@ class Mode:
         default: What answers where no rule was written: "derived" (from the body) or "decomposing" (the body runs
             in the mode, and the op vanishes).
         open: Whether plugins and authors may supply rules for it.
+        in_place: For a tensor class alone: a rule takes the place of the body, on the author's arguments, as the body
+            runs in eager on tensors of this class: ``rule(entry, *args, **kwargs)``. It is not asked while something
+            records or transforms; the body runs then, as it does where there is no rule.
     """
 
     name: str
@@ -24,6 +27,7 @@ class Mode:
     gives: str
     default: str = "derived"
     open: bool = True
+    in_place: bool = False
 
 
 BUILTIN = (

@@ -108,6 +108,7 @@ class Op(Generic[P, R]):
         self._checks = binding.checks(spec)
         self._load, self._attach = load, attach
         self._transparent = False
+        self._served: tuple[type, ...] = ()
         self.revision = ""
         self._derives = spec.autograd == "derive"
         self._deferred_error = raise_in_backward(spec.name)
@@ -118,7 +119,8 @@ class Op(Generic[P, R]):
     def __call__(self, /, *args: P.args, **kwargs: P.kwargs) -> R:
         if compiling():  # Dynamo reads this code
             return self._read(*args, **kwargs)
-        if self._transparent and state.quiet() and binding.passes(self._checks, args, kwargs):
+        quickly = self._transparent and state.quiet() and not (self._served and self._serves([args, kwargs]))
+        if quickly and binding.passes(self._checks, args, kwargs):
             try:
                 result = self._body(*args, **kwargs)
             except TypeError:
@@ -195,6 +197,7 @@ class Op(Generic[P, R]):
     def _settle(self) -> None:
         """Whether calls may take the short cut. Asked once, and not per call."""
         self._transparent = self._load is None and self.spec.autograd != "error" and not self._asking.quietly
+        self._served = tuple(entry for entry, _ in self._asking.in_place)
 
     # -- the way in, with the author's arguments ---------------------------------------------------------------------
 
@@ -218,7 +221,8 @@ class Op(Generic[P, R]):
         if rehearsing() or (unrehearsable is not None and self._declared(operands)):
             return self._in_place(lambda: run_or_examples(self.spec, values), (args, kwargs))
         arguments, keywords = self.spec.arguments(values)
-        result = self._in_place(lambda: self._body(*arguments, **keywords), (args, kwargs))
+        body = self._body_for(operands)
+        result = self._in_place(lambda: body(*arguments, **keywords), (args, kwargs))
         if unrehearsable is not None:
             unrehearsable.report(self.spec)
         return result
@@ -252,6 +256,22 @@ class Op(Generic[P, R]):
             return True
         subclasses = self._asking.subclasses
         return bool(subclasses) and any(isinstance(leaf, subclasses) for leaf in trees.leaves(operands))
+
+    def _serves(self, given: object) -> bool:
+        """Whether there is a tensor of a class for which something takes the place of the body."""
+        return any(isinstance(leaf, self._served) for leaf in trees.leaves(given))
+
+    def _body_for(self, operands: Sequence[object]) -> Callable[..., object]:
+        """The body, or what takes its place on tensors of a class that a plugin serves."""
+        if not self._served or self.spec.name in _vanished.get():
+            return self._body
+        if state.recording() or state.transforming() or state.forward_mode():
+            return self._body
+        for entry, answers in self._asking.in_place:
+            if any(isinstance(leaf, entry) for leaf in trees.leaves(operands)):
+                rules = [functools.partial(cast("Callable[..., object]", a.rule), entry) for a in answers]
+                return functools.partial(ask, self.spec.name, answers[0].mode, [*rules, self._body])
+        return self._body
 
     def _declared(self, operands: Sequence[object]) -> bool:
         """Whether the operands have no values, and ``outputs=`` says what the result is."""

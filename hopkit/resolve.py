@@ -122,6 +122,8 @@ def check_rule(who: str, spec: OpSpec, mode: Mode, rule: object, device: str = "
         _check_signature(who, wanted, forward, lambda: spec.check_signature(forward))
     elif not callable(rule):
         raise _wrong(who, f"{rule!r}, a {type(rule).__qualname__}", wanted)
+    elif mode.in_place:
+        _check_signature(who, wanted, rule, lambda: spec.check_signature(functools.partial(rule, None)))
     elif mode.name in BODY_MODES:
         _check_signature(who, wanted, rule, lambda: spec.check_signature(rule))
     elif takes_calls(rule):
@@ -137,6 +139,8 @@ def expected(spec: OpSpec, mode: Mode) -> str:
     """The signature of a rule of ``mode`` for ``spec``, as its author would write it."""
     if mode.name == "vmap":
         return f"(info, in_dims, {spec.shown().removeprefix('(')}"
+    if mode.in_place:
+        return f"(entry, {spec.shown().removeprefix('(')}"
     return spec.shown() if mode.name in BODY_MODES else _PASSED.get(mode.name, "(entry, call)")
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import hopkit
-from hopkit.extend import Call, OpSpec, PluginError, Rule, hookimpl
+from hopkit.extend import Call, Decline, OpSpec, PluginError, Rule, hookimpl
 from hopkit.extend.mode import DispatchKey, Mode, TorchDispatchMode
 from hopkit.kit import fresh
 
@@ -200,6 +200,66 @@ def test_a_tensor_class_without_a_rule_sees_the_inside() -> None:
     assert isinstance(result, Boxed)
     torch.testing.assert_close(result.held, expected(torch.sin, x))
     assert not whole
+
+
+# A tensor class, with rules in place of the body
+
+
+def in_place(rule: Rule) -> SimpleNamespace:
+    """A plugin whose mode for `Boxed` has ``rule`` in place of every body."""
+    plugin = bringing(Boxed, rule, "boxes")
+    plugin.hopkit_add_modes = hookimpl(lambda: [Mode("boxes", Boxed, gives="what the test says", in_place=True)])
+    return plugin
+
+
+def negated(entry: type[Boxed], body: Callable[[object], object], x: Boxed) -> object:
+    whole.append(type(x).__name__)
+    return -body(x)  # type: ignore[operator] # a tensor
+
+
+def test_a_rule_takes_the_place_of_the_body_for_tensors_of_its_class_alone() -> None:
+    whole.clear()
+    before, x = define("t_before"), torch.rand(3)
+    hopkit.register(in_place(negated), "boxes")
+    after = define("t_after")
+    for op in (before, after):
+        torch.testing.assert_close(unbox(op(torch.sin, Boxed(x))), -x.sin())
+        torch.testing.assert_close(op(torch.sin, x), expected(torch.sin, x))
+    assert whole == ["Boxed", "Boxed"]
+
+
+def test_a_rule_in_place_of_the_body_is_on_the_tape_and_has_the_author_s_callable() -> None:
+    op = define("t_before")
+    hopkit.register(in_place(negated), "boxes")
+    x = torch.rand(3)
+    boxed = Boxed(x).requires_grad_()
+    (gradient,) = torch.autograd.grad(op(lambda y: y * y, boxed).sum(), boxed)
+    torch.testing.assert_close(unbox(gradient), -2 * x)
+
+
+def test_the_body_runs_where_a_rule_in_its_place_declines_or_the_op_vanishes() -> None:
+    def declining(entry: type[Boxed], body: object, x: Boxed) -> object:
+        raise Decline("not today")
+
+    op, x = define("t_before"), torch.rand(3)
+    hopkit.register(in_place(negated), "boxes")
+    with hopkit.decompose(op):
+        torch.testing.assert_close(unbox(op(torch.sin, Boxed(x))), expected(torch.sin, x))
+    hopkit.unregister("boxes")
+    hopkit.register(in_place(declining), "boxes")
+    torch.testing.assert_close(unbox(op(torch.sin, Boxed(x))), expected(torch.sin, x))
+
+
+def test_a_rule_in_place_of_the_body_takes_what_the_body_takes() -> None:
+    define("t_before")
+    with pytest.raises(PluginError, match=r"takes \(entry, call\).*\(entry, body: Subgraph, x: Tensor\)"):
+        hopkit.register(in_place(lambda entry, call: call()), "boxes")
+
+
+def test_only_a_tensor_class_has_rules_in_place_of_the_body() -> None:
+    plugin = SimpleNamespace(hopkit_add_modes=hookimpl(lambda: [Mode("log", Log, gives="...", in_place=True)]))
+    with pytest.raises(PluginError, match=r"Give it a subclass of torch\.Tensor"):
+        hopkit.register(plugin, "mine")
 
 
 # A dispatch key

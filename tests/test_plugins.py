@@ -583,6 +583,25 @@ def test_an_author_s_rule_for_a_mode_of_an_installed_plugin(installed: Installed
     assert op.table["tile"]
 
 
+RULE = """
+@op.rule("tile")
+def rule(entry, call):
+    return call()
+"""
+
+
+def test_a_plugin_s_own_op_has_a_rule_for_a_mode_of_a_plugin_that_is_loaded_later(installed: Installed) -> None:
+    installed.add("first", OP.format("first") + RULE)
+    installed.add("tiles", MODE)
+    assert hopkit.ops()["t_first"].table["tile"]
+
+
+def test_a_rule_for_a_mode_that_no_installed_plugin_brings_is_told_of(installed: Installed) -> None:
+    installed.add("first", OP.format("first") + RULE)
+    with pytest.warns(HopkitWarning, match="op 't_first' cannot have a rule in mode 'tile'"):
+        assert loaded() == ["first"]
+
+
 # HOPKIT_PLUGINS and HOPKIT_BLOCK
 
 

@@ -72,7 +72,9 @@ class Stage:
         if isinstance(tensor, FakeTensor):
             return tensor.fake_mode is self.mode
         if is_traceable_wrapper_subclass(tensor):
-            return all(self.owns(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
+            # A name may stand for what is no tensor: a DTensor has its mesh.
+            parts = (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
+            return all(self.owns(part) for part in parts if isinstance(part, torch.Tensor))
         return False
 
     def fake(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -153,16 +155,19 @@ def stand_in(tensor: torch.Tensor, mode: FakeTensorMode) -> torch.Tensor:
         temporarily_clear_interpreter_stack(),
         _disable_current_modes(),
         torch.no_grad(),
-        mode,
     ):
         wanted, tensor = tensor.requires_grad, unfunctional(tensor)
         if type(tensor) in (torch.Tensor, torch.nn.Parameter, FakeTensor) and tensor.layout is torch.strided:
-            fake = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+            with mode:
+                fake = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=tensor.device)
             if isinstance(tensor, FakeTensor) and tensor.fake_mode.shape_env is mode.shape_env:
                 # What stands for its one number: with dynamic=True Dynamo has a tensor for every float that may change.
                 cast("FakeTensor", fake).item_memo = _known_item(tensor)
         else:
-            fake = mode.from_tensor(tensor, static_shapes=True).detach()
+            # Of what is no leaf torch would ask for the gradient, and warn of that.
+            tensor = tensor if tensor.is_leaf else tensor.detach()
+            with mode:
+                fake = mode.from_tensor(tensor, static_shapes=True).detach()
         return fake.requires_grad_(wanted)
 
 

@@ -38,8 +38,13 @@ def is_dispatch_mode(entry: object) -> bool:
     return isinstance(entry, type) and issubclass(entry, TorchDispatchMode)
 
 
-def is_entry(entry: object) -> bool:
-    """Whether torch can look for a kernel under this."""
+def is_tensor_class(entry: object) -> bool:
+    """Whether this is a class of tensors that torch asks about operators."""
     if isinstance(entry, type) and issubclass(entry, torch.Tensor):
         return entry.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
-    return isinstance(entry, DispatchKey) or is_dispatch_mode(entry)
+    return False
+
+
+def is_entry(entry: object) -> bool:
+    """Whether torch can look for a kernel under this."""
+    return is_tensor_class(entry) or isinstance(entry, DispatchKey) or is_dispatch_mode(entry)

@@ -61,12 +61,15 @@ _TRANSFORMS = {TransformType.Vmap: "vmap", TransformType.Jvp: "jvp", TransformTy
 
 
 def takes_ops(mode: TorchDispatchMode) -> bool:
-    """Whether a mode takes any operator whole. The one that counts flops says so too, and knows only torch's own.
+    """Whether a mode takes any operator whole. Those that count flops and collectives say so, and see nothing inside.
 
-    It is known by its module's name: to import that loads Triton, which takes longer than all of hopkit.
+    They are known by their modules' names: to import the one loads Triton, which takes longer than all of hopkit.
     """
     modules = (kind.__module__ for kind in type(mode).__mro__)
-    return bool(mode.supports_higher_order_operators) and "torch.utils.flop_counter" not in modules
+    return bool(mode.supports_higher_order_operators) and _COUNTERS.isdisjoint(modules)
+
+
+_COUNTERS = frozenset({"torch.utils.flop_counter", "torch.distributed.tensor.debug"})
 
 
 def dispatch_modes() -> Iterator[TorchDispatchMode]:

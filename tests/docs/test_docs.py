@@ -12,7 +12,7 @@ import pytest
 from tests.docs.snippets import PageError, blocks, commands, named, run_page
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted(ROOT.glob("plugins/*/README.md"))]
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 
 # Seconds for one page. The slowest have `hopkit check` in them.
