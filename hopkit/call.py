@@ -353,6 +353,17 @@ class Call:
             *(inputs[i] for i in variant.captures),
         )
 
+    @property
+    def unseen(self) -> str:
+        """Why running the body again in backward would give something else, or ""."""
+        if self.op.effectful:
+            return "it has an effect"
+        if not self.op.pure:
+            return "it is not pure, and may give something else"
+        if self.op.random or self.rehearsal.random:
+            return "it draws random numbers"
+        return self.rehearsal.opaque
+
     def like_body(self) -> object:
         """What the call gives, on stand-ins. An op that decides on values declares it: ``inputs=`` and ``outputs=``."""
         if self.op.inputs is None or self.part:

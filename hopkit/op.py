@@ -299,8 +299,19 @@ class Op(Generic[P, R]):
             return self.operator.redispatch(graph, inputs, **options)
         recording = recorder.record(self.operator.digest())
         keywords = {layout.KEYWORD: recording.layout.dumps()}
+        if self._untold(lambda: self.decode(*recording.graphs, recording.inputs, **recording.options, **keywords)):
+            raise Unrecordable("backward would be recorded from something else", declared=True)
         outputs = self.operator.redispatch(*recording.graphs, recording.inputs, **recording.options, **keywords)
         return recording.restore(cast("Sequence[object]", outputs))
+
+    def _untold(self, call: Callable[[], Call]) -> bool:
+        """Whether a node would not tell a derivative that is recorded: there, autograd is asked after the tracer is."""
+        if not (state.before_dispatch() and state.recording() and torch.is_grad_enabled()) or not self._derives:
+            return False
+        told = call()
+        if torch.compiler.is_exporting() or not needs_gradient(told.inputs):
+            return False
+        return self._asking.derivative or bool(told.unseen)
 
     def _plain(self, values: Mapping[str, object]) -> tuple[object, object, dict[str, object]] | None:
         # Rules that see the author's arguments, and those that transform them, need the layout.
@@ -352,7 +363,8 @@ class Op(Generic[P, R]):
         if layout.KEYWORD not in kwargs:  # then these are the author's own arguments
             return cast("AnyOp", self)(*args, **kwargs)
         call = self.decode(*args, **kwargs)
-        if not (self._transparent and state.quiet()) and self._asked(call.inputs):
+        asked = not (self._transparent and state.quiet()) and self._asked(call.inputs)
+        if asked and not self._untold(lambda: call):
             return self._stamped(call)()
         self._compare(call.layout)
         result = self._in_place(call.like_body if rehearsing() else call.run, call.inputs)

@@ -19,7 +19,7 @@ from hopkit import codec
 from hopkit._torch import sizes, trees
 from hopkit._torch.autograd import computed, needs_gradient, tied
 from hopkit._torch.fakes import Stage, same_storage
-from hopkit._torch.state import autocasting, functionalizing, is_tracked, tracked
+from hopkit._torch.state import autocasting, functionalizing, is_tracked, opaque, tracked
 from hopkit._torch.watch import Substitute, Watch, wiring
 from hopkit.codec import Slot
 from hopkit.errors import CallError, CaptureError, DataDependentError, HopkitError, LayoutError, SubgraphError
@@ -212,6 +212,8 @@ class Recorder:
             )
 
     def _capture(self, value: object) -> int:
+        if opaque(value):
+            raise Unrecordable(f"it closes over a {type(value).__qualname__}, which torch cannot take apart")
         key = identity(value)
         if key not in self._index:
             self._index[key] = len(self.inputs)

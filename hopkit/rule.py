@@ -100,9 +100,18 @@ def ask(op: str, mode: str, rules: Sequence[Callable[..., object]], /, *args: ob
     reasons = []
     for rule in rules:
         try:
-            return rule(*args, **kwargs)
+            result = rule(*args, **kwargs)
         except Decline as declined:
             reasons.append(declined.reason)
+            continue
+        if result is NotImplemented:
+            raise RuleError(
+                f"a rule of op '{op}' in mode '{mode}' ({source(rule)})",
+                "gave `NotImplemented`",
+                why="it would be taken for the op's result",
+                todo='Let it decline, `raise hopkit.extend.Decline("why not")`',
+            )
+        return result
     raise RuleError(
         f"op '{op}' in mode '{mode}'",
         f"has no rule that answers this call: {'; '.join(reasons)}",

@@ -48,6 +48,11 @@ def recording() -> bool:
     return get_proxy_mode() is not None
 
 
+def before_dispatch() -> bool:
+    """Whether what records does so before torch's dispatcher, and so before autograd, is asked."""
+    return _included(_PRE_DISPATCH)
+
+
 def transforms() -> frozenset[str]:
     """The modes of the transforms of torch.func that are active, other than functionalize."""
     return frozenset(
@@ -142,7 +147,12 @@ def only_device(values: Iterable[object]) -> str:
 
 def foreign(value: object) -> bool:
     """Whether this is a tensor subclass that wants to see the inside of an op."""
-    return isinstance(value, torch.Tensor) and type(value) not in _KNOWN and is_traceable_wrapper_subclass(value)
+    return isinstance(value, torch.Tensor) and type(value) not in _KNOWN
+
+
+def opaque(value: object) -> bool:
+    """Whether this is a tensor subclass that torch cannot take apart: what it holds, no recorder sees as an input."""
+    return isinstance(value, torch.Tensor) and type(value) not in _KNOWN and not is_traceable_wrapper_subclass(value)
 
 
 _KNOWN = (torch.Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor)

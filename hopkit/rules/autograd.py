@@ -51,7 +51,7 @@ def derive(call: Call) -> object:
             return apply(Divided(call), call.inputs)
         except OutsideError:
             return call.run()  # autograd sees the body instead
-    hidden = "" if call.layout is None else unseen(call)
+    hidden = "" if call.layout is None else call.unseen
     if hidden and (call.op.outputs is not None or call.op.effectful):
         raise AutogradError(
             f"op '{call.op.name}'",
@@ -59,6 +59,8 @@ def derive(call: Call) -> object:
             why="backward would run the body again, and its body cannot be recorded in its place",
             todo='Write its derivative (`@op.rule("autograd")`), or record it under torch.no_grad()',
         )
+    if hidden and torch.compiler.is_exporting():  # its node is there already
+        return raise_in_backward(call.op.name)(below(call))
     if hidden or call.layout is None:
         return call.run()  # autograd sees the body instead
     return apply(Derived(call), call.inputs)
@@ -81,17 +83,6 @@ def divisible(call: Call) -> bool:
     """Whether the op may become two halves: it can be traced, and nobody's kernel has to see the op itself."""
     settled = call.op.pure and call.op.outputs is None and not call.op.effectful
     return call.layout is not None and settled and not call.whole
-
-
-def unseen(call: Call) -> str:
-    """Why running the body again in backward would give something else, or ""."""
-    if call.op.effectful:
-        return "it has an effect"
-    if not call.op.pure:
-        return "it is not pure, and may give something else"
-    if call.op.random or call.rehearsal.random:
-        return "it draws random numbers"
-    return call.rehearsal.opaque
 
 
 class Derived(Step):
@@ -151,7 +142,7 @@ class Divided(Derived):
 
     def _unchanged_inputs(self) -> tuple[object, ...]:
         inputs = self._call.inputs
-        changed = "an input was written to since" if versions(inputs) != self._versions else unseen(self._call)
+        changed = "an input was written to since" if versions(inputs) != self._versions else self._call.unseen
         if changed:
             raise AutogradError(
                 f"op '{self._call.op.name}'",
