@@ -40,7 +40,8 @@ class Asking:
     @property
     def quietly(self) -> bool:
         """Whether a call may be asked for that no mode, tracer or profiler sees."""
-        return self.always or bool(self.subclasses or self.transforms)
+        # A fake tensor, or one of the meta device, comes without a mode as well.
+        return self.always or bool(self.subclasses or self.transforms) or keys.FAKE in self.modes
 
 
 def asking(table: Table, modes: Sequence[Mode]) -> Asking:

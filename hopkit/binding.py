@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import numbers
+import re
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, cast
@@ -131,7 +132,7 @@ class Misfit(NamedTuple):
 def misfit(parameter: Parameter, value: object) -> Misfit | None:
     """Why ``value`` is not what ``parameter`` is for; None where it fits."""
     if parameter.kind is Kind.OPERAND:
-        return None
+        return _no_operand(parameter, value)
     if parameter.kind is Kind.OPTION:
         if not is_constant(value):
             return _no_constant(parameter, value)
@@ -157,6 +158,28 @@ def _type(value: object) -> str:
 
 def _types(value: object) -> str:
     return f"({', '.join(map(_type, value))})" if isinstance(value, tuple) else _type(value)
+
+
+def _no_operand(parameter: Parameter, value: object) -> Misfit | None:
+    """What no tensor and no number is, where the annotation says nothing but those; other operands are any pytree."""
+    said = {part for part in re.split(r"[ |,\[\]]+", parameter.annotation.replace("Optional", "None")) if part}
+    if not said <= _LONE:
+        return None
+    values = value if parameter.variadic and isinstance(value, tuple) else (value,)
+    numbers_only = said <= {"int", "SymInt", "bool"}
+    for item in values:
+        wrong = isinstance(item, (str, bytes, list, tuple, dict, set)) or "numpy.ndarray" in qualified_names(type(item))
+        if wrong or (item is None and "None" not in said) or (numbers_only and type(item) is float):
+            return Misfit(
+                f"expected {parameter.annotation}, got {_type(item)}",
+                "what an op computes with are tensors and numbers",
+                f"Convert it, such as by `torch.as_tensor({parameter.name})`, or annotate a pytree",
+            )
+    return None
+
+
+_LONE = {"Tensor", "None", "Union", "int", "float", "bool", "complex", "SymInt", "SymFloat", "SymBool"}
+"""The words of an annotation of a tensor, or of a number that modes transform."""
 
 
 def _no_subgraph(parameter: Parameter, value: object) -> Misfit | None:

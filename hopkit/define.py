@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import cast, overload
@@ -89,8 +90,20 @@ def make_spec(
     Raises:
         SpecError: A parameter or a property is wrong.
     """
+    for keyword in properties.keys() - {field.name for field in dataclasses.fields(OpSpec)}:
+        raise _no_property(name, f"got `{keyword}=`, which is no property", "See `hopkit.OpSpec` for those there are")
+    for keyword in ("pure", "effectful", "random", "outline"):
+        if not isinstance(properties.get(keyword, False), bool):
+            raise _no_property(name, f"got `{keyword}={properties[keyword]!r}`", "Say True or False")
+    for keyword in ("inputs", "outputs", "samples"):
+        if not (properties.get(keyword) is None or callable(properties[keyword])):
+            raise _no_property(name, f"got `{keyword}={properties[keyword]!r}`", f"Write `{keyword}=lambda ...: ...`")
     settled = {k: _names(v) if k in ("mutates", "aliases") else v for k, v in properties.items()}
     return OpSpec(name, body, parse(body, localns, is_node), **settled)  # type: ignore[arg-type] # define's own types
+
+
+def _no_property(name: str, found: str, todo: str) -> SpecError:
+    return SpecError(f"define('{name}')", found, why="what is declared of an op steers every mode", todo=todo)
 
 
 def _names(value: object) -> tuple[str, ...]:

@@ -23,7 +23,7 @@ from hopkit._torch.operator import Place as TorchPlace
 from hopkit.asking import Asking, asking
 from hopkit.call import Call
 from hopkit.digest import cacheable, digest, other_body
-from hopkit.errors import CallError, HopkitWarning, no_gradient
+from hopkit.errors import CallError, DataDependentError, HopkitWarning, no_gradient
 from hopkit.probe import Unrecordable, Unrehearsable
 from hopkit.record import Recorder, plain_form, run_or_examples
 from hopkit.region import outlined
@@ -214,11 +214,17 @@ class Op(Generic[P, R]):
         if self._asked(operands):
             try:
                 return self._dispatch(values)
+            except DataDependentError:
+                if state.recording() or keys.FAKE not in self._asking.modes:
+                    raise
+                rules = [cast("Callable[..., object]", answer.rule) for answer in self.table["fake"]]
+                arguments, keywords = self.spec.arguments(live.values(self.spec, values))
+                return ask(self.spec.name, "fake", rules, *arguments, **keywords)
             except Unrehearsable as reason:
                 unrehearsable = reason  # if the fault is the author's, the body says so itself
             except Unrecordable as reason:
                 reason.report(self.spec)
-        if rehearsing() or (unrehearsable is not None and self._declared(operands)):
+        if rehearsing() or (unrehearsable and self.spec.outputs and self._declared(operands)):
             return self._in_place(lambda: run_or_examples(self.spec, values), (args, kwargs))
         arguments, keywords = self.spec.arguments(values)
         body = self._body_for(operands)
@@ -230,7 +236,7 @@ class Op(Generic[P, R]):
     def _undisturbed(self) -> bool:
         """Whether nothing records, differentiates or transforms: then a kernel is all that a call needs."""
         return not (torch.is_grad_enabled() or state.transforming() or state.forward_mode()) and (
-            state.quiet() and self.spec.name not in _vanished.get()
+            state.quiet() and self.spec.name not in _vanished.get() and not torch.jit.is_tracing()
         )
 
     def _asked(self, operands: Sequence[object]) -> bool:
@@ -246,6 +252,8 @@ class Op(Generic[P, R]):
                 or any(state.foreign(leaf) for leaf in trees.leaves(operands))
                 or (self.spec.untransformed and state.transforming())
             )
+        if state.beyond_recording(trees.leaves(operands)):
+            return False
         if (transforms := state.transforms()) or state.forward_mode():
             return not transforms.isdisjoint(self._asking.transforms)
         if self._asking.always or (self.spec.effectful and state.functionalizing()):
@@ -274,8 +282,9 @@ class Op(Generic[P, R]):
         return self._body
 
     def _declared(self, operands: Sequence[object]) -> bool:
-        """Whether the operands have no values, and ``outputs=`` says what the result is."""
-        return self.spec.outputs is not None and state.shapes_only(trees.leaves(operands))
+        """Whether the operands have no values, and ``outputs=`` or a rule for that says what the result is."""
+        told = self.spec.outputs is not None or keys.FAKE in self._asking.modes
+        return told and state.shapes_only(trees.leaves(operands))
 
     def _inlined(self) -> bool:
         """Whether Inductor gets the body: it fuses then, and shares what backward needs, like any code."""

@@ -22,7 +22,15 @@ from hopkit._torch.fakes import Stage, same_storage
 from hopkit._torch.state import autocasting, functionalizing, is_tracked, opaque, tracked
 from hopkit._torch.watch import Substitute, Watch, wiring
 from hopkit.codec import Slot
-from hopkit.errors import CallError, CaptureError, DataDependentError, HopkitError, LayoutError, SubgraphError
+from hopkit.errors import (
+    CallError,
+    CaptureError,
+    DataDependentError,
+    HopkitError,
+    LayoutError,
+    SpecError,
+    SubgraphError,
+)
 from hopkit.layout import KEYWORD, Layout, Meta, Slots, Variant, fill, parameter_of
 from hopkit.origin import origin
 from hopkit.probe import Graph, Probe, Unrecordable, Unrehearsable, identity, variable_name
@@ -382,12 +390,35 @@ def subgraphs(name: str, value: object) -> list[tuple[str, Callable[..., object]
     return [(name, cast("Callable[..., object]", value))]
 
 
+def _examples(
+    spec: OpSpec, count: int, args: Sequence[object], kwargs: Mapping[str, object]
+) -> Sequence[Sequence[object]]:
+    """What ``inputs=`` gives: for every subgraph, what it is called with."""
+    assert spec.inputs is not None
+    cause: Exception | None = None
+    try:
+        given = spec.inputs(*args, **kwargs)
+        found = f"gave {given!r}"
+        if isinstance(given, (tuple, list)) and all(isinstance(example, (tuple, list)) for example in given):
+            if len(given) == count:
+                return given
+            found = f"gave {len(given)} tuples"
+    except Exception as error:
+        found, cause = f"raised {type(error).__name__}: {error}", error
+    raise SpecError(
+        f"`inputs=` of op '{spec.name}'",
+        f"{found}, and its call has {count} subgraph{'s' if count > 1 else ''}",
+        why="each subgraph is recorded on the arguments that are given for it",
+        todo="Let it give a tuple with one tuple of arguments for every subgraph, in the order of the parameters",
+    ) from cause
+
+
 def run_or_examples(spec: OpSpec, values: Mapping[str, object]) -> object:
     """The body's result on stand-ins; where ``inputs=`` is declared, the subgraphs are called as it says."""
     args, kwargs = spec.arguments(values)
     if spec.inputs is not None:
         called = [f for p in spec.of_kind(Kind.SUBGRAPH, Kind.SUBGRAPHS) for _, f in subgraphs(p.name, values[p.name])]
-        examples = cast("Sequence[Sequence[object]]", spec.inputs(*args, **kwargs))
+        examples = _examples(spec, len(called), args, kwargs)
         results = [function(*example) for function, example in zip(called, examples, strict=True)]
         if spec.outputs is not None:
             operands = [values[p.name] for p in spec.of_kind(Kind.OPERAND)]

@@ -178,11 +178,6 @@ def _known_item(tensor: FakeTensor) -> torch.SymInt | torch.SymFloat | torch.Sym
     return item if isinstance(item, sizes.SYMBOLIC) and not sizes.unbacked(item) else None
 
 
-def is_stand_in(tensor: torch.Tensor) -> bool:
-    """Whether the tensor has no values."""
-    return isinstance(tensor, FakeTensor) or is_traceable_wrapper_subclass(tensor)
-
-
 def in_mode(value: object, mode: FakeTensorMode) -> object:
     """``value``, a fake of ``mode`` if it is a tensor."""
     if not isinstance(value, torch.Tensor) or isinstance(value, FakeTensor) or is_traceable_wrapper_subclass(value):

@@ -13,6 +13,7 @@ from torch._ops import HigherOrderOperator, _higher_order_ops
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hopkit._torch import dynamo, state, trees
+from hopkit.errors import AutogradError
 
 if TYPE_CHECKING:
     from hopkit._torch.frame import Frame
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
 DispatchMode = TorchDispatchMode
 Kernel = Callable[..., object]
 Key = DispatchKey | TransformType | type[TorchDispatchMode] | type[torch.Tensor]
+
+
+_UNNAMED = "???"
+"""The name of keys that torch has in C++ alone."""
 
 
 class Operator(HigherOrderOperator):
@@ -53,6 +58,13 @@ class Operator(HigherOrderOperator):
         """As torch's, but open: a mode, subclass or transform without a kernel sees the inside of the op."""
         if dispatch_key == DispatchKey.FuncTorchDynamicLayerFrontMode and not self._has_transform():
             return self._run(*args, **kwargs)
+        if dispatch_key.name == _UNNAMED:
+            raise AutogradError(
+                f"a derivative of op '{self.__name__}'",
+                "was called on a batch of torch's old vmap, which `is_grads_batched=True` is made of",
+                why="that vmap knows operators of ATen alone",
+                todo="Batch it with `torch.func`: `torch.vmap` of what `torch.func.vjp` gives",
+            )
         if dispatch_key == DispatchKey.Python and not self._has_python(args):
             return self._run(*args, **kwargs)
         return super().dispatch(dispatch_key, *args, **kwargs)  # type: ignore[no-untyped-call] # torch's own

@@ -150,6 +150,19 @@ def foreign(value: object) -> bool:
     return isinstance(value, torch.Tensor) and type(value) not in _KNOWN
 
 
+def beyond_recording(leaves: Iterable[object]) -> bool:
+    """Whether one of these operands has no stand-in of hopkit's, or a tracer of another kind is at work."""
+    return torch.jit.is_tracing() or any(
+        isinstance(leaf, torch.fx.Proxy)
+        or (isinstance(leaf, torch.Tensor) and ((leaf.is_nested and leaf.layout is torch.strided) or _packed(leaf)))
+        for leaf in leaves
+    )
+
+
+def _packed(tensor: torch.Tensor) -> bool:
+    return tensor.is_quantized or tensor.is_mkldnn
+
+
 def opaque(value: object) -> bool:
     """Whether this is a tensor subclass that torch cannot take apart: what it holds, no recorder sees as an input."""
     return isinstance(value, torch.Tensor) and type(value) not in _KNOWN and not is_traceable_wrapper_subclass(value)

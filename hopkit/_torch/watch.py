@@ -8,16 +8,18 @@ from types import FunctionType
 from typing import TypeVar, cast
 
 import torch
-from torch._C._functorch import is_functorch_wrapped_tensor
+from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 from torch._ops import HigherOrderOperator
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from typing_extensions import Self
 
 from hopkit._torch import trees
-from hopkit._torch.fakes import is_stand_in, same_storage
+from hopkit._torch.fakes import same_storage
 from hopkit._torch.sizes import SYMBOLIC, Describe, describe, symbols
 from hopkit._torch.stance import out
+from hopkit._torch.state import opaque
 
 T = TypeVar("T")
 
@@ -194,7 +196,7 @@ class Watch(TorchDispatchMode):
                 self.written.extend(_writes(func, args, kwargs or {}))
         leaves = trees.leaves((args, kwargs))
         # Code that is no Python, such as a scripted module's, uses its tensors where nothing can replace them.
-        self.hidden |= any(isinstance(t, torch.Tensor) and not is_stand_in(t) and self._matters(t) for t in leaves)
+        self.hidden |= any(isinstance(t, torch.Tensor) and self._hides(t) for t in leaves)
         result = func(*args, **(kwargs or {}))
         # What gives no tensor asks for a device or a size, and torch asks only where it has not asked before.
         results = trees.leaves(result)
@@ -203,9 +205,15 @@ class Watch(TorchDispatchMode):
             self.steps.append((func, leaves, results))
         return result
 
-    def _matters(self, tensor: torch.Tensor) -> bool:
-        """Whether a tensor from outside is more than a constant."""
-        return tensor.requires_grad or tensor in self._tracked
+    def _hides(self, tensor: torch.Tensor) -> bool:
+        """Whether this is, or holds, a tensor from outside that is more than a constant."""
+        if isinstance(tensor, FakeTensor):
+            return False
+        if is_traceable_wrapper_subclass(tensor):
+            return any(self._hides(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
+        if is_functorch_wrapped_tensor(tensor):
+            return self._hides(get_unwrapped(tensor))
+        return opaque(tensor) or tensor.requires_grad or tensor in self._tracked
 
     def casts(self, step: int) -> bool:
         """Whether step number ``step`` changes a tensor's dtype; autocast also does it by an operator's ``dtype=``."""

@@ -1,0 +1,193 @@
+"""What a second judge found silently wrong, or failing where plain PyTorch works; one test each."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_map_only
+
+import hopkit
+from hopkit import HopkitError, HopkitWarning, Op, Subgraph
+from hopkit.errors import AutogradError, CallError, RuleError, SpecError
+from tests.recording import define_once, nodes, same
+
+pytestmark = pytest.mark.usefixtures("hopkit_fresh")
+
+X = torch.linspace(-1.0, 1.0, 12).reshape(3, 4)
+
+
+def slope(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    return lambda x: torch.autograd.grad(function(x).sum(), x)[0]
+
+
+class Own(torch.autograd.Function):
+    """A backward that is not that of its operators."""
+
+    @staticmethod
+    def forward(_: Any, x: Tensor) -> Tensor:
+        return x.sin()
+
+    @staticmethod
+    def backward(_: Any, slope: Tensor) -> Tensor:
+        return slope * 7
+
+
+def _quiet(t: Tensor) -> Tensor:
+    with torch.no_grad():
+        c = t * 2
+    return t * c
+
+
+def _hooked(t: Tensor) -> Tensor:
+    y = t * 2
+    y.register_hook(lambda g: g * 3)
+    return y
+
+
+@pytest.mark.parametrize(
+    "body",
+    [lambda t: t * t.detach(), _quiet, _hooked, Own.apply, lambda t: torch.nn.functional.dropout(t, 0.5)],
+    ids=["detach", "no_grad", "hook", "function", "random"],
+)
+def test_a_gradient_that_is_recorded_before_dispatch(body: Any) -> None:
+    once = define_once()
+    a, b = X.clone().requires_grad_(), (X + 5).requires_grad_()
+    graph = make_fx(slope(lambda x: once(body, x)), pre_dispatch=True)(a)
+    torch.manual_seed(0)
+    want = slope(body)(b)
+    torch.manual_seed(0)
+    same(graph(b), want)
+
+
+def test_a_node_before_dispatch_is_kept_where_it_tells_all() -> None:
+    once = define_once()
+    graph = make_fx(slope(lambda x: once(torch.sin, x)), pre_dispatch=True)(X.clone().requires_grad_())
+    assert nodes(graph, once) == 2
+    same(graph(X + 1), (X + 1).cos())
+
+
+class Sealed(Tensor):
+    """A wrapper that torch cannot take apart."""
+
+    a: Tensor
+
+    @staticmethod
+    def __new__(cls, a: Tensor) -> Sealed:
+        return Tensor._make_wrapper_subclass(cls, a.shape, dtype=a.dtype)
+
+    def __init__(self, a: Tensor) -> None:
+        self.a = a
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override] # torch's
+        return tree_map_only(Tensor, Sealed, func(*tree_map_only(Sealed, lambda s: s.a, args), **(kwargs or {})))
+
+
+def test_a_subclass_that_cannot_be_taken_apart() -> None:
+    once: Op[..., Any] = define_once()
+    graph = make_fx(lambda x: once(torch.sin, Sealed(x)).a)(X)
+    same(graph(X * 2), (X * 2).sin())
+
+    def captured(x: Tensor, w: Tensor) -> Tensor:
+        sealed = Sealed(w)
+        return once(lambda y: y * sealed, x).a  # type: ignore[no-any-return] # a tensor
+
+    with pytest.warns(HopkitWarning, match="closes over a Sealed"):
+        graph = make_fx(captured)(X, X + 1)
+    same(graph(X * 2, X * 3), X * X * 6)
+
+
+def test_a_fake_rule_answers_without_a_mode_and_for_a_body_that_decides() -> None:
+    @hopkit.define("t_decides")
+    def decides(body: Subgraph, x: Tensor) -> Tensor:
+        return body(x) if x.sum() > 0 else x
+
+    asked: list[object] = []
+
+    @decides.rule("fake")
+    def shapes(body: Subgraph, x: Tensor) -> Tensor:
+        asked.append(body)
+        return torch.empty_like(x)
+
+    mode = FakeTensorMode()
+    fake = mode.from_tensor(X)
+    assert decides(torch.sin, fake).shape == X.shape
+    with mode:
+        assert decides(torch.sin, fake).shape == X.shape
+    assert decides(torch.sin, X.to("meta")).shape == X.shape
+    assert len(asked) == 3
+    same(decides(torch.sin, X + 5), (X + 5).sin())
+
+
+def test_where_a_rule_cannot_go_the_body_runs() -> None:
+    once = define_once()
+
+    @once.rule("device")
+    def kernel(body: Subgraph, *xs: Tensor) -> Tensor:
+        return body(*xs)
+
+    same(torch.fx.symbolic_trace(lambda x: once(torch.sin, x))(X), X.sin())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The PyTorch API of nested tensors", UserWarning)
+        nested = torch.nested.nested_tensor([X, X[:2]])
+    same(once(torch.sin, nested).unbind()[1], X[:2].sin())
+    packed = torch.quantize_per_tensor(X, 0.1, 0, torch.qint8)
+    same(once(lambda a: a.dequantize(), packed), packed.dequantize())
+    x = X.clone().requires_grad_()
+    with pytest.raises(AutogradError, match="is_grads_batched"):
+        torch.autograd.grad(once(torch.sin, x), x, torch.ones(2, 3, 4), is_grads_batched=True)
+
+
+@pytest.mark.parametrize("value", ["a", None, [X], {"x": X}])
+def test_an_operand_of_another_kind(value: Any) -> None:
+    @hopkit.define("t_one")
+    def one(body: Subgraph, x: Tensor, n: int | torch.SymInt = 2) -> Tensor:
+        return body(x) * int(n)
+
+    with pytest.raises(CallError, match=r"t_one\(\) argument 'x' expected Tensor, got"):
+        one(torch.sin, value)
+    with pytest.raises(CallError, match=r"t_one\(\) argument 'n' expected int \| SymInt, got float"):
+        make_fx(lambda x: one(torch.sin, x, 1.5))(X)  # type: ignore[arg-type] # the mistake
+
+
+@pytest.mark.parametrize(
+    ("inputs", "found"),
+    [
+        (lambda yes, no, x: ((x,),), "gave 1 tuples"),
+        (lambda yes, no, x: None, "gave None"),
+        (lambda yes, no, x: 1 / 0, "raised ZeroDivisionError"),
+    ],
+)
+def test_a_fault_of_inputs_is_told(inputs: Any, found: str) -> None:
+    @hopkit.define("t_branch", inputs=inputs, outputs=lambda yes, no, x: torch.empty_like(x))
+    def branch(yes: Subgraph, no: Subgraph, x: Tensor) -> Tensor:
+        return yes(x) if x.sum() > 0 else no(x)
+
+    with pytest.raises(SpecError, match=f"`inputs=` of op 't_branch' {found}.*2 subgraphs"):
+        make_fx(lambda x: branch(torch.sin, torch.cos, x))(X)
+
+
+@pytest.mark.parametrize("properties", [{"foo": 1}, {"samples": [1]}, {"pure": "no"}, {"inputs": ()}])
+def test_a_property_of_another_kind(properties: Any) -> None:
+    with pytest.raises(SpecError, match="define\\('t_props'\\) got"):
+
+        @hopkit.define("t_props", **properties)
+        def props(body: Subgraph, x: Tensor) -> Tensor:
+            return body(x)
+
+    assert "t_props" not in hopkit.ops()
+
+
+def test_a_rule_that_gives_notimplemented_is_named() -> None:
+    once = define_once()
+    once.rule("device")(lambda body, *xs: NotImplemented)
+    with pytest.raises(RuleError, match=r"a rule of op 't_once' in mode 'device'.*gave `NotImplemented`.*Decline"):
+        once(torch.sin, X)
+    assert issubclass(RuleError, HopkitError)
