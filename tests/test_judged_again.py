@@ -137,8 +137,9 @@ def test_where_a_rule_cannot_go_the_body_runs() -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The PyTorch API of nested tensors", UserWarning)
         nested = torch.nested.nested_tensor([X, X[:2]])
+        warnings.filterwarnings("ignore", "torch.quantize_per_tensor", UserWarning)
+        packed = torch.quantize_per_tensor(X, 0.1, 0, torch.qint8)
     same(once(torch.sin, nested).unbind()[1], X[:2].sin())
-    packed = torch.quantize_per_tensor(X, 0.1, 0, torch.qint8)
     same(once(lambda a: a.dequantize(), packed), packed.dequantize())
     x = X.clone().requires_grad_()
     with pytest.raises(AutogradError, match="is_grads_batched"):
