@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._pytree import tree_map_only
 
 import hopkit
 from hopkit import HopkitError, HopkitWarning, Op, Subgraph
+from hopkit._torch import trees
+from hopkit._torch.fakes import FakeMode
 from hopkit.errors import AutogradError, CallError, RuleError, SpecError
 from tests.recording import define_once, nodes, same
 
@@ -87,7 +87,8 @@ class Sealed(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override] # torch's
-        return tree_map_only(Tensor, Sealed, func(*tree_map_only(Sealed, lambda s: s.a, args), **(kwargs or {})))
+        inner = trees.map_only(Sealed, lambda s: s.a, (args, kwargs or {}))
+        return trees.map_only(Tensor, Sealed, func(*inner[0], **inner[1]))  # type: ignore[index] # a pair
 
 
 def test_a_subclass_that_cannot_be_taken_apart() -> None:
@@ -116,7 +117,7 @@ def test_a_fake_rule_answers_without_a_mode_and_for_a_body_that_decides() -> Non
         asked.append(body)
         return torch.empty_like(x)
 
-    mode = FakeTensorMode()
+    mode = FakeMode()
     fake = mode.from_tensor(X)
     assert decides(torch.sin, fake).shape == X.shape
     with mode:
