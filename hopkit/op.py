@@ -23,9 +23,9 @@ from hopkit._torch.operator import Place as TorchPlace
 from hopkit.asking import Asking, asking
 from hopkit.call import Call
 from hopkit.digest import cacheable, digest, other_body
-from hopkit.errors import CallError, DataDependentError, HopkitWarning, no_gradient
-from hopkit.probe import Unrecordable, Unrehearsable
-from hopkit.record import Recorder, plain_form, run_or_examples
+from hopkit.errors import CallError, CaptureError, DataDependentError, HopkitWarning, no_gradient
+from hopkit.probe import Unrecordable, Unrehearsable, real_captures
+from hopkit.record import Recorder, plain_form, run_or_examples, subgraphs
 from hopkit.region import outlined
 from hopkit.rule import Answer, Place, Table, ask
 from hopkit.spec import Kind, OpSpec
@@ -228,10 +228,26 @@ class Op(Generic[P, R]):
             return self._in_place(lambda: run_or_examples(self.spec, values), (args, kwargs))
         arguments, keywords = self.spec.arguments(values)
         body = self._body_for(operands)
-        result = self._in_place(lambda: body(*arguments, **keywords), (args, kwargs))
+        try:
+            result = self._in_place(lambda: body(*arguments, **keywords), (args, kwargs))
+        except AssertionError as error:
+            if state.mixes_fakes(error):
+                self._refuse_captures(values, error)
+            raise
         if unrehearsable is not None:
             unrehearsable.report(self.spec)
         return result
+
+    def _refuse_captures(self, values: Mapping[str, object], error: AssertionError) -> None:
+        for p in self.spec.of_kind(Kind.SUBGRAPH, Kind.SUBGRAPHS):
+            for name, function in subgraphs(p.name, values[p.name]):
+                for captured in real_captures(function):
+                    raise CaptureError(
+                        f"subgraph '{name}' of op '{self.spec.name}'",
+                        f"closes over '{captured}', which has values where only stand-ins may be",
+                        why="torch does not compute with both",
+                        todo=f"Pass '{captured}' as an operand, or make a stand-in of it: `mode.from_tensor(...)`",
+                    ) from error
 
     def _undisturbed(self) -> bool:
         """Whether nothing records, differentiates or transforms: then a kernel is all that a call needs."""

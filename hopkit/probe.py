@@ -12,6 +12,7 @@ import torch
 
 from hopkit import codec
 from hopkit._torch import sizes, trees
+from hopkit._torch.state import has_no_value
 from hopkit._torch.watch import Same, Substitute
 from hopkit.codec import Slot
 from hopkit.errors import HopkitWarning, LayoutError, PropertyError, SubgraphError
@@ -236,6 +237,18 @@ def variable_name(function: Callable[..., object], value: object) -> str:
         if function.__globals__.get(name) is value:
             return str(name)
     return _UNNAMED
+
+
+def real_captures(function: Callable[..., object]) -> list[str]:
+    """The names of the tensors with values that ``function`` closes over."""
+    held: list[object] = []
+    owner = getattr(function, "__self__", function)
+    cells = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
+    code, scope = getattr(function, "__code__", None), getattr(function, "__globals__", {})
+    for value in (owner, *cells, *(scope.get(name) for name in (code.co_names if code else ()))):
+        held += [*value.parameters(), *value.buffers()] if isinstance(value, torch.nn.Module) else [value]
+    real = [value for value in held if isinstance(value, torch.Tensor) and not has_no_value(value)]
+    return [name for value in real if (name := variable_name(function, value)) != _UNNAMED]
 
 
 _UNNAMED = "a tensor"

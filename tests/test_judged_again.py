@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from functorch.compile import aot_function, nop  # type: ignore[import-untyped] # it has no types
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -15,7 +16,7 @@ import hopkit
 from hopkit import HopkitError, HopkitWarning, Op, Subgraph
 from hopkit._torch import trees
 from hopkit._torch.fakes import FakeMode
-from hopkit.errors import AutogradError, CallError, RuleError, SpecError
+from hopkit.errors import AutogradError, CallError, CaptureError, RuleError, SpecError
 from tests.recording import define_once, nodes, same
 
 pytestmark = pytest.mark.usefixtures("hopkit_fresh")
@@ -193,3 +194,12 @@ def test_a_rule_that_gives_notimplemented_is_named() -> None:
     with pytest.raises(RuleError, match=r"a rule of op 't_once' in mode 'device'.*gave `NotImplemented`.*Decline"):
         once(torch.sin, X)
     assert issubclass(RuleError, HopkitError)
+
+
+def test_a_capture_with_values_among_stand_ins_is_named() -> None:
+    once, w = define_once(), torch.ones(4)
+    with FakeMode() as mode, pytest.raises(CaptureError, match="subgraph 'body' of op 't_once' closes over 'w'"):
+        once(lambda y: y * w, mode.from_tensor(X))
+    with pytest.raises(CaptureError, match="closes over 'w'"):
+        aot_function(lambda x: once(lambda y: y * w, x), nop)(X)
+    same(once(lambda y: y * w, X), X)

@@ -96,7 +96,17 @@ def shapes_only(values: Iterable[object]) -> bool:
     """Whether tensors have shapes here, and no values to decide on."""
     if any(isinstance(mode, FakeTensorMode) for mode in _get_current_dispatch_mode_stack()):
         return True
-    return any(isinstance(v, torch.Tensor) and (v.is_meta or isinstance(v, FakeTensor)) for v in values)
+    return any(map(has_no_value, values))
+
+
+def has_no_value(value: object) -> bool:
+    """Whether this is a tensor that has a shape and nothing else."""
+    return isinstance(value, torch.Tensor) and (value.is_meta or isinstance(value, (FakeTensor, FunctionalTensor)))
+
+
+def mixes_fakes(error: AssertionError) -> bool:
+    """Whether torch met a tensor with values among those that have none (torch/_subclasses/fake_tensor.py)."""
+    return "convert all Tensors to FakeTensors" in str(error)
 
 
 def functionalizing() -> bool:
