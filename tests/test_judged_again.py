@@ -203,3 +203,10 @@ def test_a_capture_with_values_among_stand_ins_is_named() -> None:
     with pytest.raises(CaptureError, match="closes over 'w'"):
         aot_function(lambda x: once(lambda y: y * w, x), nop)(X)
     same(once(lambda y: y * w, X), X)
+
+
+def test_stand_ins_of_inference_tensors() -> None:
+    once = define_once()
+    with torch.inference_mode():
+        graph = make_fx(lambda x: once(lambda y: y * 1, x), tracing_mode="fake")(torch.ones(4))
+        same(graph(X[0]), X[0])

@@ -173,6 +173,8 @@ def stand_in(tensor: torch.Tensor, mode: FakeTensorMode) -> torch.Tensor:
 
 def _known_item(tensor: FakeTensor) -> torch.SymInt | torch.SymFloat | torch.SymBool | None:
     """The symbol of a tensor's one number, if that is an input's: such a one is good in every epoch of a fake mode."""
+    if tensor.is_inference():  # it has no version, and torch keeps no number of it
+        return None
     held = vars(tensor)
     item = held.get("_item_memo") if held.get("_item_memo_vc") == tensor._version else None
     return item if isinstance(item, sizes.SYMBOLIC) and not sizes.unbacked(item) else None
