@@ -1,0 +1,235 @@
+"""Run a program, and judge it: the op under its stack against the body in plain eager PyTorch."""
+
+from __future__ import annotations
+
+import dataclasses
+import linecache
+import signal
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from random import Random
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+import hopkit
+from hopkit._torch import trees
+from hopkit.testing import fresh
+from hopkit.testing.compare import Pair, difference
+from tests.fuzz import pieces
+from tests.fuzz.program import Program, generate, smaller, source
+from tests.fuzz.stacks import DERIVED, WEIGHTS, floats, shapes_of_real, stacked, weighed
+
+Verdict = Literal["right", "refused", "n/a", "wrong", "error"]
+Build = dict[str, Any]
+
+SILENT = frozenset({"traced", "retraced", "flattened", "ahead", "compiled", "exported", "functionalized"})
+"""Layers that rewrite what is computed: what a dispatch mode sees there is theirs."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """What came of a program.
+
+    Args:
+        verdict: "refused": a HopkitError where the body works. "n/a": torch cannot run the stack on the body, or gives
+            something else itself.
+        kind: What kind of refusal or failure.
+        told: The message.
+    """
+
+    verdict: Verdict
+    kind: str = ""
+    told: str = ""
+
+    @property
+    def failed(self) -> bool:
+        return self.verdict in ("wrong", "error")
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What a run gave: its result, whether its tensors require gradients, and gradients of operands and captures."""
+
+    value: object
+    flags: list[bool]
+    gradients: list[Tensor]
+
+
+def program(seed: str) -> Program:
+    """The program of a seed."""
+    random = Random(seed)
+    made = generate(random, WEIGHTS)
+    names = [name for name, *_ in made.stack]
+    if "functionalized" in names and "subclass" in names:  # torch itself ends the process where one is in the other
+        made = dataclasses.replace(made, stack=tuple(layer for layer in made.stack if layer[0] != "subclass"))
+    chance = random.random()
+    if chance < 0.06:
+        return dataclasses.replace(made, stack=(("shapes", 0, 0), *made.stack[: random.randrange(2)]))
+    if chance < 0.2 and SILENT.isdisjoint(names):
+        return dataclasses.replace(made, stack=(("watched", 0, 0), *made.stack[:3]))
+    return made
+
+
+def judge(program: Program) -> Finding:
+    """Run a program."""
+    body = _build(program, plain=True)
+    try:
+        want = _run(program, body, visible=True)
+    except Exception as error:
+        return Finding("n/a", "the body", _line(error))
+    with fresh():
+        op = _build(program, plain=False)
+        try:
+            got = _run(program, op)
+        except Exception as error:
+            return _raised(program, error)
+    told = _difference(got, want, program)
+    return _differs(program, got, want, told) if told else Finding("right")
+
+
+def _raised(program: Program, error: Exception) -> Finding:
+    refusal, cause = None, error
+    while cause is not None and refusal is None:
+        refusal = cause if isinstance(cause, hopkit.HopkitError) else None
+        cause = cause.__cause__ or cause.__context__  # type: ignore[assignment] # BaseException, and never raised here
+    try:
+        _run(program, _build(program, plain=True))
+    except Exception as without:
+        return Finding("n/a", "torch", _line(without))
+    if refusal is not None:
+        return Finding("refused", f"{type(refusal).__name__}: {refusal.found.split(':')[0]}", str(refusal))
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "/hopkit/" in frame.filename]
+    where = f" at {frames[-1].filename.rpartition('/hopkit/')[2]}:{frames[-1].name}" if frames else ""
+    return Finding("error", f"{type(error).__name__}{where}", "".join(traceback.format_exception(error)))
+
+
+def _differs(program: Program, got: Result, want: Result, told: str) -> Finding:
+    try:
+        without = _run(program, _build(program, plain=True))
+    except Exception as error:
+        return Finding("n/a", "torch", _line(error))
+    if not _difference(got, without, program):
+        return Finding("n/a", "torch gives something else too", told)
+    if theirs := _difference(without, want, program):
+        return Finding("n/a", "torch gives something else, and hopkit another", f"{told}; without hopkit {theirs}")
+    return Finding("wrong", told.split(" has ")[0], told)
+
+
+def _difference(got: Result, want: Result, program: Program) -> str:
+    names = {name for name, *_ in program.stack}
+    rough = "autocast" in names
+    strides = names.isdisjoint(DERIVED)
+    pairs = [
+        Pair("the value", _rough(got.value, rough), _rough(want.value, rough), strides=strides),
+        Pair("requires_grad", got.flags, want.flags),
+        Pair("a gradient", _rough(got.gradients, rough), _rough(want.gradients, rough), strides=False),
+    ]
+    if rough:
+        pairs.append(Pair("the value", got.value, want.value, values=False, strides=strides))
+    return next((told for _, told in map(difference, pairs) if told), "")
+
+
+def _rough(value: object, rough: bool) -> object:
+    # Under autocast a result is a product of rounded ones.
+    return trees.map_only(Tensor, lambda t: (t.detach().float() / 8).to(torch.bfloat16), value) if rough else value
+
+
+def _run(program: Program, built: Build, *, visible: bool = False) -> Result:
+    call, operands, stack = built["call"], built["operands"], program.stack
+    run: Callable[..., object]
+    if visible and stack and stack[0][0] == "shapes":
+        run = shapes_of_real(stacked(call, stack[1:], visible=True))
+    else:
+        run = stacked(call, stack, visible=visible)
+    value = run(*operands)
+    results = floats(value)
+    sources = [t for t in _sources(built) if t.requires_grad]
+    gradients: Sequence[Tensor] = ()
+    if sources and any(t.requires_grad for t in results):
+        with torch.enable_grad():
+            total = weighed([t for t in results if t.requires_grad])
+        gradients = torch.autograd.grad(total, sources, allow_unused=True, materialize_grads=True)
+    return Result(
+        trees.map_only(Tensor, torch.Tensor.detach, value), [t.requires_grad for t in results], list(gradients)
+    )
+
+
+def _sources(built: Build) -> Iterator[Tensor]:
+    yield from built["operands"]
+    for name, value in built.items():
+        if name[:1] == "c" and name[1:].isdigit():
+            yield value
+        elif isinstance(value, torch.nn.Module):
+            yield from value.parameters()
+
+
+def _build(program: Program, *, plain: bool) -> Build:
+    text, name = source(program), f"<fuzz {'body' if plain else 'op'} {abs(hash(program))}>"
+    linecache.cache[name] = (len(text), None, text.splitlines(True), name)
+    built: Build = {
+        **vars(pieces),
+        "torch": torch,
+        "Any": Any,
+        "Subgraph": hopkit.Subgraph,
+        "define": (lambda name: lambda body: body) if plain else hopkit.define,
+        "__name__": "tests.fuzz.program_of_today",
+    }
+    exec(compile(text, name, "exec"), built)
+    linecache.cache.pop(name)
+    return built
+
+
+def _line(error: BaseException) -> str:
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
+
+
+@contextmanager
+def limited(seconds: int) -> Iterator[None]:
+    """A program that does not end is a failure like any other."""
+
+    def stop(*_: object) -> None:
+        raise TimeoutError(f"it ran for {seconds} seconds")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def found(program: Program) -> Finding:
+    """As `judge`, with nothing left of it: no warning, no compiled code."""
+    with warnings.catch_warnings(), torch.random.fork_rng(), limited(60):
+        warnings.simplefilter("ignore")
+        try:
+            return judge(program)
+        except Exception as error:  # a program that cannot be judged at all
+            return Finding("error", f"{type(error).__name__} in the fuzzer", "".join(traceback.format_exception(error)))
+        finally:
+            if any(name in ("compiled", "exported") for name, *_ in program.stack):
+                torch._dynamo.reset()
+
+
+def shrunk(program: Program, finding: Finding, tries: int = 80) -> Program:
+    """The simplest program that can be found which fails in the same way."""
+    again = True
+    while again:
+        again = False
+        for candidate in smaller(program):
+            tries -= 1
+            if tries < 0:
+                return program
+            other = found(candidate)
+            if (other.verdict, other.kind) == (finding.verdict, finding.kind):
+                program, again = candidate, True
+                break
+    return program
+
+

@@ -1,0 +1,362 @@
+"""The modes and transforms of a stack: each makes, of a function of tensors, another one.
+
+Most change nothing that can be seen, and the plain reference goes without them; the others are `VISIBLE`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, cast
+
+import torch
+from functorch.compile import aot_function, nop  # type: ignore[import-untyped] # torch's own
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
+from torch.testing._internal.two_tensor import TwoTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+import hopkit
+from hopkit._torch import trees
+from tests.fuzz.program import Layer
+
+Run = Callable[..., Any]
+"""A function of tensors that gives a pytree."""
+
+Make = Callable[[Run, int, int], Run]
+
+LAYERS: dict[str, Make] = {}
+"""What makes a layer, by name."""
+
+WEIGHTS: dict[str, float] = {}
+"""How often a layer is drawn."""
+
+VISIBLE: set[str] = set()
+"""Layers that change the result."""
+
+DERIVED: set[str] = set()
+"""Layers whose results have strides that nobody promises."""
+
+
+def layer(weight: float, *, visible: bool = False, derived: bool = False) -> Callable[[Make], Make]:
+    def add(make: Make) -> Make:
+        LAYERS[make.__name__], WEIGHTS[make.__name__] = make, weight
+        VISIBLE.update([make.__name__] if visible or derived else [])
+        DERIVED.update([make.__name__] if derived else [])
+        return make
+
+    return add
+
+
+def stacked(run: Run, stack: Sequence[Layer], *, visible: bool = False) -> Run:
+    """``run`` under the layers, the first outermost; under the visible ones alone, if asked for."""
+    for name, a, b in reversed(stack):
+        if not visible or name in VISIBLE:
+            run = LAYERS[name](run, a, b)
+    return run
+
+
+# -- helpers ---------------------------------------------------------------------------------------------------------
+
+
+def is_float(value: object) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def tensors(value: object) -> list[Tensor]:
+    return [leaf for leaf in trees.leaves(value) if isinstance(leaf, Tensor)]
+
+
+def floats(value: object) -> list[Tensor]:
+    return [leaf for leaf in tensors(value) if leaf.is_floating_point()]
+
+
+def weighed(value: object) -> Tensor:
+    """One number of all results, none of which it treats like another."""
+    return torch.stack([(leaf.float() * 0.7 + i).sin().sum() for i, leaf in enumerate(floats(value))]).sum()
+
+
+def chosen(ts: Sequence[Tensor], mask: int) -> list[int]:
+    """Numbers of floating-point inputs, at least one where there are any."""
+    every = [i for i, t in enumerate(ts) if is_float(t)]
+    return [i for i in every if mask >> i & 1] or every
+
+
+def of(run: Run, ts: Sequence[Tensor], numbers: Sequence[int], give: Callable[[object], Any]) -> Run:
+    """``run`` as a function of some of its inputs."""
+
+    def function(*some: Tensor) -> Any:
+        changed = dict(zip(numbers, some, strict=True))
+        return give(run(*(changed.get(i, t) for i, t in enumerate(ts))))
+
+    return function
+
+
+def direction(t: Tensor) -> Tensor:
+    return (t.detach() * 3 + 1).cos()
+
+
+# -- layers that change nothing --------------------------------------------------------------------------------------
+
+
+@layer(2)
+def eager(run: Run, a: int, b: int) -> Run:
+    return run
+
+
+@layer(8)
+def traced(run: Run, a: int, b: int) -> Run:
+    modes: tuple[Literal["real", "fake", "symbolic"], ...] = ("real", "fake", "symbolic", "real")
+    return lambda *ts: make_fx(lambda *us: run(*us), tracing_mode=modes[b])(*ts)(*ts)
+
+
+@layer(1)
+def retraced(run: Run, a: int, b: int) -> Run:
+    def traced_twice(*ts: Tensor) -> Any:
+        graph = make_fx(lambda *us: run(*us), tracing_mode=("real", "symbolic")[b % 2])(*ts)
+        return make_fx(copy.deepcopy(graph))(*ts)(*ts)
+
+    return traced_twice
+
+
+@layer(1)
+def flattened(run: Run, a: int, b: int) -> Run:
+    return lambda *ts: hopkit.flatten(make_fx(lambda *us: run(*us))(*ts))(*ts)
+
+
+@layer(4)
+def functionalized(run: Run, a: int, b: int) -> Run:
+    return lambda *ts: torch.func.functionalize(
+        lambda *us: run(*us), remove=("mutations", "mutations_and_views")[b % 2]
+    )(*ts)
+
+
+@layer(2)
+def checkpointed(run: Run, a: int, b: int) -> Run:
+    return lambda *ts: checkpoint(run, *ts, use_reentrant=False)
+
+
+class Passing(TorchDispatchMode):
+    def __init__(self, whole: bool) -> None:
+        super().__init__()  # type: ignore[no-untyped-call] # torch's own
+        self.supports_higher_order_operators = whole
+
+    def __torch_dispatch__(self, func: Any, types: object, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+class Looking(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: object, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+@layer(2)
+def dispatching(run: Run, a: int, b: int) -> Run:
+    return within(lambda: Passing(b % 4 == 3), run)
+
+
+@layer(1)
+def overriding(run: Run, a: int, b: int) -> Run:
+    return within(Looking, run)
+
+
+def within(mode: Callable[[], contextlib.AbstractContextManager[Any]], run: Run) -> Run:
+    def inside(*ts: Tensor) -> Any:
+        with mode():
+            return run(*ts)
+
+    return inside
+
+
+@layer(2)
+def subclass(run: Run, a: int, b: int) -> Run:
+    def doubled(*ts: Tensor) -> Any:
+        boxed = [TwoTensor(t, t.clone()) if a >> i & 1 or i == 0 else t for i, t in enumerate(ts)]
+        return trees.map_only(TwoTensor, lambda t: t.a, run(*boxed))
+
+    return doubled
+
+
+@layer(0.5)
+def ahead(run: Run, a: int, b: int) -> Run:
+    def aot(*ts: Tensor) -> Any:
+        structure: list[trees.Tree] = []
+
+        def flat(*us: Tensor) -> list[object]:
+            leaves, tree = trees.flatten(run(*us))
+            structure.append(tree)
+            return leaves
+
+        outputs = cast("list[object]", aot_function(flat, fw_compiler=nop)(*ts))
+        return trees.unflatten(list(outputs), structure[-1])
+
+    return aot
+
+
+@layer(0.3)
+def compiled(run: Run, a: int, b: int) -> Run:
+    return lambda *ts: torch.compile(run, backend=("eager", "aot_eager")[b % 2], dynamic=bool(b // 2))(*ts)
+
+
+@layer(0.2)
+def exported(run: Run, a: int, b: int) -> Run:
+    class Model(torch.nn.Module):
+        def forward(self, *ts: Tensor) -> Any:
+            return run(*ts)
+
+    return lambda *ts: torch.export.export(Model(), ts, strict=False).module()(*ts)
+
+
+# -- layers that are seen --------------------------------------------------------------------------------------------
+
+
+@layer(1.5, visible=True)
+def no_grad(run: Run, a: int, b: int) -> Run:
+    return within(torch.no_grad, run)
+
+
+@layer(0.5, visible=True)
+def inference(run: Run, a: int, b: int) -> Run:
+    return within(torch.inference_mode, run)
+
+
+@layer(1.5, visible=True)
+def autocast(run: Run, a: int, b: int) -> Run:
+    return within(functools.partial(torch.autocast, "cpu", dtype=torch.bfloat16), run)
+
+
+@layer(6, derived=True)
+def vmap(run: Run, a: int, b: int) -> Run:
+    def batched(*ts: Tensor) -> Any:
+        dims = [(b + i) % (t.dim() + 1) if a >> i & 1 or i == 0 else None for i, t in enumerate(ts)]
+        values = [t if d is None else torch.stack([t, t * 2 + 1], d) for t, d in zip(ts, dims, strict=True)]
+        out: int = -1 if a >= 14 else 0
+        chunk = 1 if a == 13 else None
+        return torch.vmap(lambda *us: tensors(run(*us)), in_dims=tuple(dims), out_dims=out, chunk_size=chunk)(*values)
+
+    return batched
+
+
+@layer(4, derived=True)
+def grad(run: Run, a: int, b: int) -> Run:
+    return lambda *ts: torch.func.grad(lambda *us: weighed(run(*us)), tuple(chosen(ts, a)))(*ts)
+
+
+@layer(4, derived=True)
+def jvp(run: Run, a: int, b: int) -> Run:
+    def forward(*ts: Tensor) -> Any:
+        some = chosen(ts, a)
+        primals, tangents = tuple(ts[i] for i in some), tuple(direction(ts[i]) for i in some)
+        return torch.func.jvp(of(run, ts, some, floats), primals, tangents)
+
+    return forward
+
+
+@layer(3, derived=True)
+def vjp(run: Run, a: int, b: int) -> Run:
+    def reverse(*ts: Tensor) -> Any:
+        some = chosen(ts, a)
+        values, pull, *_ = torch.func.vjp(of(run, ts, some, floats), *(ts[i] for i in some))
+        return values, cast("Any", pull)([direction(v) for v in values])
+
+    return reverse
+
+
+@layer(2, derived=True)
+def jacrev(run: Run, a: int, b: int) -> Run:
+    def jacobian(*ts: Tensor) -> Any:
+        some = chosen(ts, a)[:1]
+        transform = torch.func.jacfwd if b == 3 else torch.func.jacrev
+        return transform(of(run, ts, some, lambda r: weighed(r) if b == 2 else floats(r)))(ts[some[0]])
+
+    return jacobian
+
+
+@layer(3, derived=True)
+def backward(run: Run, a: int, b: int) -> Run:
+    """``autograd.grad`` inside; twice, sometimes."""
+
+    def differentiated(*ts: Tensor) -> Any:
+        some = chosen(ts, a)
+        leaves = [t.detach().requires_grad_() if i in some else t for i, t in enumerate(ts)]
+        sources, again = [leaves[i] for i in some], b == 3
+        with torch.enable_grad():
+            result = run(*leaves)
+            first = torch.autograd.grad(
+                weighed(result), sources, create_graph=again, allow_unused=True, materialize_grads=True
+            )
+            if again:
+                first = torch.autograd.grad(weighed(first), sources, allow_unused=True, materialize_grads=True)
+        return [t.detach() for t in tensors(result)], first
+
+    return differentiated
+
+
+@layer(1, derived=True)
+def duals(run: Run, a: int, b: int) -> Run:
+    def dual(*ts: Tensor) -> Any:
+        some = chosen(ts, a)
+        with forward_ad.dual_level():
+            inputs = [forward_ad.make_dual(t, direction(t)) if i in some else t for i, t in enumerate(ts)]
+            pairs = [forward_ad.unpack_dual(t) for t in floats(run(*inputs))]
+            return [(p, torch.zeros_like(p) if t is None else t.clone()) for p, t in pairs]
+
+    return dual
+
+
+@layer(0.5, derived=True)
+def linearized(run: Run, a: int, b: int) -> Run:
+    def linear(*ts: Tensor) -> Any:
+        some = chosen(ts, a)
+        values, push = torch.func.linearize(of(run, ts, some, floats), *(ts[i] for i in some))
+        return values, push(*(direction(ts[i]) for i in some))
+
+    return linear
+
+
+class Names(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call] # torch's own
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: object, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@layer(0, visible=True)
+def watched(run: Run, a: int, b: int) -> Run:
+    """What a dispatch mode sees, as part of the result. Where nothing is recorded, it is the inside of the op."""
+
+    def logged(*ts: Tensor) -> Any:
+        with Names() as mode:
+            result = run(*ts)
+        return result, mode.names
+
+    return logged
+
+
+@layer(0, visible=True)
+def shapes(run: Run, a: int, b: int) -> Run:
+    """Stand-ins: outermost, and nothing is left of the result but what it looks like."""
+
+    def fake(*ts: Tensor) -> Any:
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            return [_looks(t) for t in tensors(run(*(mode.from_tensor(t) for t in ts)))]
+
+    return fake
+
+
+def shapes_of_real(run: Run) -> Run:
+    """What `shapes` gives, by running."""
+    return lambda *ts: [_looks(t) for t in tensors(run(*ts))]
+
+
+def _looks(t: Tensor) -> str:
+    return f"{t.dtype} {tuple(t.shape)} {[s for s, n in zip(t.stride(), t.shape, strict=True) if n > 1]}"
