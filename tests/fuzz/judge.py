@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import linecache
 import signal
+import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from random import Random
 from typing import Any, Literal
 
@@ -21,10 +22,13 @@ from hopkit.testing import fresh
 from hopkit.testing.compare import Pair, difference
 from tests.fuzz import pieces
 from tests.fuzz.program import Program, generate, smaller, source
+from tests.left_behind import changed, snapshot
 from tests.fuzz.stacks import DERIVED, WEIGHTS, floats, shapes_of_real, stacked, weighed
 
 Verdict = Literal["right", "refused", "n/a", "wrong", "error"]
 Build = dict[str, Any]
+
+LEFT = "left behind"
 
 SILENT = frozenset({"traced", "retraced", "flattened", "ahead", "compiled", "exported", "functionalized"})
 """Layers that rewrite what is computed: what a dispatch mode sees there is theirs."""
@@ -39,11 +43,17 @@ class Finding:
             something else itself.
         kind: What kind of refusal or failure.
         told: The message.
+        program: One that fails the same way, if a smaller one was looked for.
     """
 
     verdict: Verdict
     kind: str = ""
     told: str = ""
+    program: Program | None = None
+
+    def of(self, program: Program) -> Finding:
+        """This finding, of a program that is as small as can be."""
+        return dataclasses.replace(self, program=program)
 
     @property
     def failed(self) -> bool:
@@ -83,12 +93,30 @@ def judge(program: Program) -> Finding:
         return Finding("n/a", "the body", _line(error))
     with fresh():
         op = _build(program, plain=False)
+        before = snapshot()
         try:
             got = _run(program, op)
         except Exception as error:
+            if left := changed(before):
+                return _left(left)
             return _raised(program, error)
+    if left := changed(before):
+        return _left(left)
     told = _difference(got, want, program)
     return _differs(program, got, want, told) if told else Finding("right")
+
+
+def plainly(program: Program) -> None:
+    """Run the body under the stack, without hopkit, and end the process: 1 if something is left behind."""
+    before = snapshot()
+    with warnings.catch_warnings(), contextlib.suppress(Exception):
+        warnings.simplefilter("ignore")
+        _run(program, _build(program, plain=True))
+    sys.exit(bool(changed(before)))
+
+
+def _left(left: str) -> Finding:
+    return Finding("error", f"{LEFT}: {left.split(' was ')[0]}", left)
 
 
 def _raised(program: Program, error: Exception) -> Finding:
@@ -188,7 +216,7 @@ def _line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
 
 
-@contextmanager
+@contextlib.contextmanager
 def limited(seconds: int) -> Iterator[None]:
     """A program that does not end is a failure like any other."""
 

@@ -118,7 +118,7 @@ def tensor(seed: int, shape: tuple[int, ...], dtype: torch.dtype, layout: str, g
         result = values[:size].reshape(*shape[:-2], shape[-1], shape[-2]).transpose(-1, -2)
     elif layout == "apart" and shape:
         result = values.reshape(*shape, 2)[..., 0]
-    elif layout == "spread" and len(shape) > 1:
+    elif layout == "spread" and len(shape) > 1 and size:
         result = values[: math.prod(shape[1:])].reshape(shape[1:]).expand(shape)
     else:
         result = values[:size].reshape(shape)
