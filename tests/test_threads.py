@@ -107,7 +107,7 @@ def test_installed_plugins_load_once(monkeypatch: pytest.MonkeyPatch) -> None:
         """Listens."""
 
     class Entry:
-        name, dist = "t_slow", None
+        name, module, group, value, dist = "t_slow", "t_slow", "hopkit", "t_slow", None
 
         def load(self) -> object:
             loaded.append(threading.get_ident())
@@ -135,11 +135,22 @@ def test_a_plugin_comes_and_goes_while_other_threads_call(hopkit_fresh: Kit) -> 
     def hopkit_fake_rule(op: OpSpec) -> Rule:
         return lambda body, x, *, scale: torch.empty_like(x)
 
-    plugin = SimpleNamespace(hopkit_device_rule=hopkit_device_rule, hopkit_fake_rule=hopkit_fake_rule)
+    @hookimpl
+    def hopkit_add_modes() -> list[Mode]:
+        return [Mode("t_log", Log, gives="what the test says")]
+
+    @hookimpl
+    def hopkit_t_log_rule(op: OpSpec) -> Rule:
+        return lambda entry, call: call()
+
+    hooks = (hopkit_device_rule, hopkit_fake_rule, hopkit_add_modes, hopkit_t_log_rule)
+    plugin = SimpleNamespace(**{hook.__name__: hook for hook in hooks})
 
     def calls(thread: int) -> None:
         while not stop.is_set():
             same(op(torch.sin, X), want)
+            with Log():  # type: ignore[no-untyped-call] # torch's own
+                same(op(torch.sin, X), want)
             leaf = X.clone().requires_grad_()
             same(torch.autograd.grad(op(torch.sin, leaf).sum(), leaf), (X.sin().cos() * X.cos(),))
             if thread % 3 == 0:
@@ -256,7 +267,7 @@ class Bringing:
         return lambda entry, call: call()
 
 
-@pytest.mark.filterwarnings(JIT)
+@pytest.mark.filterwarnings(JIT, "ignore:Please add support for subgraph args:UserWarning")  # of any node kept
 @pytest.mark.parametrize("where", FAULTS)
 def test_a_rule_that_raises_leaves_torch_as_it_was(where: str, hopkit_fresh: Kit) -> None:
     mode, rule, run = FAULTS[where]
@@ -281,7 +292,8 @@ def test_a_rule_that_raises_leaves_torch_as_it_was(where: str, hopkit_fresh: Kit
         error = error.__cause__ or error.__context__  # type: ignore[assignment] # BaseException
     assert any(isinstance(e, Fault) for e in chain) or "Fault" in str(caught.value)
     with nothing():
-        run(lambda x: sound(torch.sin, x))  # what raised is in nobody's cache
+        if where != "inductor":  # it would run a C++ compiler
+            run(lambda x: sound(torch.sin, x))  # what raised is in nobody's cache
         same(sound(torch.sin, X), X.sin() + X)
 
 

@@ -254,7 +254,8 @@ def _body_step(program: Program, step: Step, values: list[str]) -> Iterator[str]
     elif name == "halving":
         yield f"{new}s = [*rows({x})]"
         yield f"while len({new}s) > 1:"
-        yield from (f"    {line}" for line in _called(number, function, [f"{new}s.pop(0)", f"{new}s.pop(0)"], new))
+        yield f"    {new}p, {new}q = {new}s.pop(0), {new}s.pop(0)"
+        yield from (f"    {line}" for line in _called(number, function, [f"{new}p", f"{new}q"], new))
         yield f"    {new}s.append({new})"
         yield f"{new} = {new}s[0]"
     else:
