@@ -12,6 +12,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 from torch.fx import GraphModule
 from torch.fx.graph_module import _loader
 
@@ -24,7 +25,9 @@ X = torch.linspace(-1.0, 1.0, 9).reshape(3, 3)
 
 
 def alive() -> Counter[str]:
-    """How many tensors, graphs, functions and others there are, without the text of graphs, which torch keeps."""
+    """How many tensors, graphs, functions and others there are, without what torch keeps of every trace: the text of
+    graphs, and what an operator gave on stand-ins."""
+    FakeTensorMode.cache_clear()
     for name in [name for name in linecache.cache if name.startswith("<eval_with_key>")]:
         del linecache.cache[name]
     _loader.eval_cache.clear()

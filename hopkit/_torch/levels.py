@@ -43,6 +43,13 @@ def base(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def inside(value: object) -> bool:
+    """Whether a tensor is what a transform of torch.func that is active made of another."""
+    if not isinstance(value, torch.Tensor) or not _functorch.is_functorch_wrapped_tensor(value):
+        return False
+    return _functorch.maybe_get_level(value) in {i.level() for i in retrieve_all_functorch_interpreters()}
+
+
 def differentiating() -> bool:
     """Whether a transform of torch.func that differentiates is active."""
     return any(interpreter.key() in (GRAD, JVP) for interpreter in retrieve_all_functorch_interpreters())

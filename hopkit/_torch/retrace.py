@@ -53,7 +53,7 @@ def retrace(
             watch.reason = custom_backward(trees.leaves(result)) or watch.reason
         return result
 
-    with _mode_of(examples) as mode, fakes.unhooked():
+    with fakes.outside_transforms(), _mode_of(examples) as mode, fakes.unhooked():
         inputs = [
             fakes.stand_in(e, mode).requires_grad_(gradients and differentiable(e))
             if isinstance(e, torch.Tensor)

@@ -239,6 +239,16 @@ def custom_backward(outputs: Sequence[object]) -> str:
 
 def sources(output: object, leaves: Sequence[object]) -> tuple[int, ...]:
     """The numbers of the leaves that ``output`` has a gradient for."""
+    reached = _reached(output)
+    return tuple(i for i, leaf in enumerate(leaves) if id(leaf) in reached)
+
+
+def beyond(output: object, leaves: Sequence[object]) -> bool:
+    """Whether ``output`` has a gradient for anything but these leaves."""
+    return not _reached(output).issubset(map(id, leaves))
+
+
+def _reached(output: object) -> set[int]:
     pending = [output.grad_fn] if isinstance(output, torch.Tensor) else []
     seen: set[object] = set()
     while pending:
@@ -246,5 +256,4 @@ def sources(output: object, leaves: Sequence[object]) -> tuple[int, ...]:
         if node is not None and node not in seen:
             seen.add(node)
             pending.extend(following for following, _ in node.next_functions)
-    reached = {id(node.variable) for node in seen if hasattr(node, "variable")}
-    return tuple(i for i, leaf in enumerate(leaves) if id(leaf) in reached)
+    return {id(node.variable) for node in seen if hasattr(node, "variable")}

@@ -158,7 +158,10 @@ def _difference(got: Result, want: Result, program: Program) -> str:
     ]
     if rough:
         pairs.append(Pair("the value", got.value, want.value, values=False, strides=strides))
-    return next((told for _, told in map(difference, pairs) if told), "")
+    try:
+        return next((told for _, told in map(difference, pairs) if told), "")
+    except Exception as error:
+        return f"what cannot be compared ({_line(error)})"
 
 
 def _rough(value: object, rough: bool) -> object:
