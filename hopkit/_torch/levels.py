@@ -143,6 +143,8 @@ class Tangents:
             if isinstance(value, torch.Tensor):
                 value = _functorch._wrap_for_grad(value, self._level)
                 if i in tangents:
+                    if value.stride() != tangents[i].stride() and 0 in value.stride():
+                        value = value.clone()  # torch lays the tangent out alike, and cannot write to what is expanded
                     value = forward_ad.make_dual(
                         value, _functorch._wrap_for_grad(tangents[i], self._level), level=_DUAL
                     )

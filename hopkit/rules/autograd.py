@@ -82,6 +82,8 @@ class Derived(Step):
 
     def __init__(self, call: Call) -> None:
         self._call = call
+        # Otherwise every output would ask for a gradient, and some depend on no input that does.
+        self.constant = [i for i, reached in enumerate(call.rehearsal.sources or ()) if not reached]
 
     def forward(self, inputs: tuple[object, ...]) -> tuple[tuple[object, ...], tuple[object, ...]]:
         """The op, below autograd. The inputs are saved; backward computes what else it needs."""

@@ -21,7 +21,7 @@ from hopkit._torch import trees
 from hopkit.testing import fresh
 from hopkit.testing.compare import Pair, difference
 from tests.fuzz import pieces
-from tests.fuzz.program import Program, generate, smaller, source
+from tests.fuzz.program import Layer, Program, generate, smaller, source
 from tests.left_behind import changed, snapshot
 from tests.fuzz.stacks import DERIVED, WEIGHTS, floats, shapes_of_real, stacked, weighed
 
@@ -73,15 +73,29 @@ def program(seed: str) -> Program:
     """The program of a seed."""
     random = Random(seed)
     made = generate(random, WEIGHTS)
+    made = dataclasses.replace(made, stack=_possible(made.stack))
     names = [name for name, *_ in made.stack]
-    if "functionalized" in names and "subclass" in names:  # torch itself ends the process where one is in the other
-        made = dataclasses.replace(made, stack=tuple(layer for layer in made.stack if layer[0] != "subclass"))
     chance = random.random()
     if chance < 0.06:
         return dataclasses.replace(made, stack=(("shapes", 0, 0), *made.stack[: random.randrange(2)]))
     if chance < 0.2 and SILENT.isdisjoint(names):
         return dataclasses.replace(made, stack=(("watched", 0, 0), *made.stack[:3]))
     return made
+
+
+def _possible(stack: Sequence[Layer]) -> tuple[Layer, ...]:
+    """The stack without what torch itself cannot do, whatever runs in it."""
+    outside: set[str] = set()
+    kept: list[Layer] = []
+    for name, a, b in stack:
+        if name == "subclass" and "functionalized" in outside:
+            continue  # it ends the process
+        if name == "flattened" and "compiled" in outside:
+            continue  # hopkit.flatten is no code to compile
+        mixed = name in ("traced", "retraced") and not outside.isdisjoint({"vmap", "functionalized"})
+        kept.append((name, a, 0 if mixed else b))  # it gives stand-ins where it traces with them
+        outside.add(name)
+    return tuple(kept)
 
 
 def judge(program: Program) -> Finding:
