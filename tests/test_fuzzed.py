@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import hopkit
+from hopkit import Subgraph
 from tests.recording import define_once, nodes, record, same
 
 pytestmark = pytest.mark.usefixtures("hopkit_fresh")
@@ -22,9 +26,8 @@ def slope(x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "inside", [slope, torch.vmap(torch.sin), lambda x: torch.func.jvp(torch.sin, (x,), (x,))[1]]
+    "inside", [slope, torch.vmap(torch.sin)]
 )
-@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")  # torch's own decompositions
 def test_a_subgraph_transforms_what_it_closes_over(inside: Callable[[Tensor], Tensor]) -> None:
     op = define_once()
     with pytest.warns(hopkit.HopkitWarning, match="applies a transform of torch.func to what it closes over"):
@@ -39,6 +42,7 @@ def test_a_subgraph_transforms_what_it_is_given() -> None:
     same(graph(T * 2), slope(T * 2))
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")  # torch's own decompositions
 @pytest.mark.parametrize(
     "transform",
     [
@@ -73,3 +77,58 @@ def test_a_recorded_derivative_requires_a_gradient_where_the_body_does() -> None
     graph = record(slopes, T, unused)
     assert not graph(T, unused).requires_grad
     assert graph(T.clone().requires_grad_(), unused).requires_grad
+
+
+def test_a_derivative_is_recorded_twice_and_differentiated() -> None:
+    # What autograd saves of tanh was taken for a detached part, and the second recording lost the derivative.
+    op = define_once()
+    leaf = T.clone().requires_grad_()
+    once = make_fx(torch.func.grad(lambda x: op(torch.tanh, x).sum()))(leaf)
+    twice = make_fx(once)(leaf)
+    assert nodes(twice, op) == nodes(once, op) == 2
+    wanted = torch.autograd.grad(torch.func.grad(lambda x: x.tanh().sum())(leaf).sum(), leaf)
+    same(torch.autograd.grad(twice(leaf).sum(), leaf), wanted)
+
+
+def test_outputs_that_depend_on_nothing_that_requires_a_gradient() -> None:
+    @hopkit.define("t_parts")
+    def parts(body: Subgraph, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        return body(x), y + 1
+
+    leaf = T.clone().requires_grad_()
+    with Whole():  # type: ignore[no-untyped-call] # torch's own
+        first, second = parts(torch.sin, leaf, T)
+    assert first.requires_grad
+    assert not second.requires_grad
+
+
+class Whole(TorchDispatchMode):
+    """Takes operators whole."""
+
+    supports_higher_order_operators = True
+
+    def __torch_dispatch__(
+        self, func: Any, types: object, args: Sequence[object] = (), kwargs: Mapping[str, object] | None = None
+    ) -> object:
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")  # torch's own decompositions
+def test_jvp_of_an_output_that_is_expanded() -> None:
+    op = define_once()
+
+    def run(x: Tensor) -> object:
+        return torch.func.jvp(lambda x: op(lambda x, y: (x * y).sum(0).expand(4, 3), x, X), (x,), (x * 2,))
+
+    (value, tangent), plain = record(run, T)(T), (T * X).sum(0).expand(4, 3)
+    same((value, tangent), (plain, 2 * plain))
+
+
+def test_jacfwd_of_a_recorded_batch_that_does_not_depend_on_it() -> None:
+    op = define_once()
+
+    def run(x: Tensor) -> Tensor:
+        graph = record(lambda x: torch.vmap(lambda y: op(lambda y, t: y * 0 + t.sin(), y, T))(x), x)
+        return graph(x)
+
+    same(torch.func.jacfwd(run)(X), torch.zeros(2, 3, 2, 3))

@@ -58,7 +58,9 @@ class Tracer:
             inputs = trees.map_only(torch.Tensor, stand_in, tuple(examples))
             inside = contextlib.nullcontext() if self._fake_mode else mode
             with inside, fakes.autograd_on(), fakes.unhooked(), torch.set_grad_enabled(gradients):
-                known[key] = self.register(name, reenter_make_fx(function)(*cast("tuple[object, ...]", inputs)))
+                graph = reenter_make_fx(function)(*cast("tuple[object, ...]", inputs))
+            _drop_saved(graph)
+            known[key] = self.register(name, graph)
         return cast("GraphModule", getattr(self._tracer.root, known[key]))
 
     def register(self, name: str, graph: torch.nn.Module) -> str:
@@ -87,6 +89,16 @@ class Tracer:
         if any(map(_draws, args)):
             node.node.meta["recompute"] = CheckpointPolicy.MUST_SAVE  # again, other numbers would be drawn
         return track_tensor_tree(outputs, node, constant=None, tracer=self._tracer)
+
+
+def _drop_saved(graph: GraphModule) -> None:
+    """What autograd saves it detaches, and a graph that is recorded again would pass for one that detaches a part."""
+    before = len(graph.graph.nodes)
+    for node in reversed(graph.graph.nodes):
+        if node.target is torch.ops.aten.detach.default and not node.users:
+            graph.graph.erase_node(node)
+    if len(graph.graph.nodes) < before:
+        graph.recompile()
 
 
 def _draws(graph: object) -> bool:

@@ -30,7 +30,7 @@ Build = dict[str, Any]
 
 LEFT = "left behind"
 
-SILENT = frozenset({"traced", "retraced", "flattened", "ahead", "compiled", "exported", "functionalized"})
+SILENT = frozenset({"traced", "retraced", "flattened", "ahead", "compiled", "exported", "functionalized", "linearized"})
 """Layers that rewrite what is computed: what a dispatch mode sees there is theirs."""
 
 
