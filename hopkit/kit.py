@@ -23,7 +23,6 @@ from hopkit.resolve import check_rule, conflicts, resolve
 from hopkit.rule import Answer, Place, Rule
 from hopkit.spec import OpSpec
 
-
 P = ParamSpec("P")
 R = TypeVar("R")
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import hopkit
 from hopkit import Subgraph
+from hopkit.extend.mode import TorchDispatchMode
 from tests.recording import define_once, nodes, record, same
 
 pytestmark = pytest.mark.usefixtures("hopkit_fresh")
@@ -20,14 +20,14 @@ pytestmark = pytest.mark.usefixtures("hopkit_fresh")
 X = torch.linspace(-1.0, 1.0, 6).reshape(2, 3)
 T = torch.linspace(0.5, 1.5, 3)
 
+Called = Callable[[Tensor], Any]
+
 
 def slope(x: Tensor) -> Tensor:
-    return torch.func.grad(lambda y: (y.sin() * y).sum())(x)
+    return cast("Tensor", torch.func.grad(lambda y: (y.sin() * y).sum())(x))
 
 
-@pytest.mark.parametrize(
-    "inside", [slope, torch.vmap(torch.sin)]
-)
+@pytest.mark.parametrize("inside", [slope, torch.vmap(torch.sin)])
 def test_a_subgraph_transforms_what_it_closes_over(inside: Callable[[Tensor], Tensor]) -> None:
     op = define_once()
     with pytest.warns(hopkit.HopkitWarning, match="applies a transform of torch.func to what it closes over"):
@@ -42,27 +42,38 @@ def test_a_subgraph_transforms_what_it_is_given() -> None:
     same(graph(T * 2), slope(T * 2))
 
 
+def _forward(f: Called) -> object:
+    return torch.func.jvp(f, (T,), (T,))
+
+
+def _reverse(f: Called) -> object:
+    _, pull, *_ = torch.func.vjp(f, T)
+    return cast("Called", pull)(T)
+
+
+def _mapped(f: Called) -> object:
+    return torch.vmap(f)(X)
+
+
+def _functional(f: Called) -> object:
+    return torch.func.functionalize(f)(T)
+
+
 @pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")  # torch's own decompositions
-@pytest.mark.parametrize(
-    "transform",
-    [
-        lambda f: torch.func.jvp(f, (T,), (T,)),
-        lambda f: torch.func.vjp(f, T)[1](T),  # type: ignore[misc] # torch's own
-        lambda f: torch.vmap(f)(X),
-        lambda f: torch.func.functionalize(f)(T),
-    ],
-)
-def test_flatten_under_a_transform(transform: Callable[[Callable[[Tensor], Tensor]], object]) -> None:
+@pytest.mark.parametrize("transform", [_forward, _reverse, _mapped, _functional])
+def test_flatten_under_a_transform(transform: Callable[[Called], object]) -> None:
     op = define_once()
-    same(
-        transform(lambda x: hopkit.flatten(record(lambda y: op(torch.sin, y), x))(x)),
-        transform(torch.sin),
-    )
+
+    def flat(x: Tensor) -> Any:
+        return hopkit.flatten(record(lambda y: op(torch.sin, y), x))(x)
+
+    same(transform(flat), transform(torch.sin))
 
 
 def test_a_recorded_derivative_under_functionalize() -> None:
     op = define_once()
-    graph = record(torch.func.grad(lambda x: op(torch.sin, x).sum()), T)
+    slope: Called = torch.func.grad(lambda x: op(torch.sin, x).sum())
+    graph = record(slope, T)
     assert nodes(graph, op) > 0
     same(torch.func.functionalize(graph)(T), T.cos())
 
@@ -72,7 +83,7 @@ def test_a_recorded_derivative_requires_a_gradient_where_the_body_does() -> None
     unused = T.clone().requires_grad_()
 
     def slopes(x: Tensor, unused: Tensor) -> Tensor:
-        return torch.func.grad(lambda y: op(lambda y, _: y.sin(), y, unused).sum())(x)
+        return cast("Tensor", torch.func.grad(lambda y: op(lambda y, _: y.sin(), y, unused).sum())(x))
 
     graph = record(slopes, T, unused)
     assert not graph(T, unused).requires_grad
@@ -83,7 +94,8 @@ def test_a_derivative_is_recorded_twice_and_differentiated() -> None:
     # What autograd saves of tanh was taken for a detached part, and the second recording lost the derivative.
     op = define_once()
     leaf = T.clone().requires_grad_()
-    once = make_fx(torch.func.grad(lambda x: op(torch.tanh, x).sum()))(leaf)
+    slope: Called = torch.func.grad(lambda x: op(torch.tanh, x).sum())
+    once = make_fx(slope)(leaf)
     twice = make_fx(once)(leaf)
     assert nodes(twice, op) == nodes(once, op) == 2
     wanted = torch.autograd.grad(torch.func.grad(lambda x: x.tanh().sum())(leaf).sum(), leaf)
@@ -129,6 +141,31 @@ def test_jacfwd_of_a_recorded_batch_that_does_not_depend_on_it() -> None:
 
     def run(x: Tensor) -> Tensor:
         graph = record(lambda x: torch.vmap(lambda y: op(lambda y, t: y * 0 + t.sin(), y, T))(x), x)
-        return graph(x)
+        return cast("Tensor", graph(x))
 
     same(torch.func.jacfwd(run)(X), torch.zeros(2, 3, 2, 3))
+
+
+class Tenfold(torch.autograd.Function):
+    """With a derivative that is not its own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 10
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient * 7
+
+
+def test_export_of_a_derivative_that_is_written_by_hand_in_a_subgraph() -> None:
+    # Export records before autograd: what was differentiated was the recorded graph, and the derivative was 10.
+    op = define_once()
+
+    class Slope(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            leaf = x.detach().requires_grad_()
+            return torch.autograd.grad(op(Tenfold.apply, leaf).sum(), leaf)[0]
+
+    program = torch.export.export(Slope(), (T,), strict=False)
+    same(program.module()(T), torch.full((3,), 7.0))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import linecache
 import logging
 import weakref
 from collections import Counter
@@ -12,12 +11,11 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensorMode
 from torch.fx import GraphModule
-from torch.fx.graph_module import _loader
 
 import hopkit
 from hopkit import Op
+from hopkit._torch.snapshot import forget_traces
 from hopkit.kit import Kit
 from tests.recording import define_twice, record
 
@@ -27,10 +25,7 @@ X = torch.linspace(-1.0, 1.0, 9).reshape(3, 3)
 def alive() -> Counter[str]:
     """How many tensors, graphs, functions and others there are, without what torch keeps of every trace: the text of
     graphs, and what an operator gave on stand-ins."""
-    FakeTensorMode.cache_clear()
-    for name in [name for name in linecache.cache if name.startswith("<eval_with_key>")]:
-        del linecache.cache[name]
-    _loader.eval_cache.clear()
+    forget_traces()
     gc.collect()
     return Counter(type(value).__qualname__ for value in gc.get_objects())
 
@@ -52,7 +47,11 @@ def grown(work: Callable[[], object], times: int) -> dict[str, int]:
 
 def closing(op: Op[..., Tensor]) -> Callable[[Tensor], Tensor]:
     """A call that closes over a tensor of its own."""
-    w = torch.rand(3, 3, requires_grad=True)
+    return over(op, torch.rand(3, 3, requires_grad=True))
+
+
+def over(op: Op[..., Tensor], w: Tensor) -> Callable[[Tensor], Tensor]:
+    """A call that closes over ``w``."""
     return lambda x: op(lambda y: y @ w, x)
 
 
@@ -93,7 +92,7 @@ def test_traces_leave_nothing(how: str, hopkit_fresh: Kit) -> None:
 def test_a_capture_a_graph_and_a_result_go_when_the_caller_lets_go(hopkit_fresh: Kit) -> None:
     op = define_twice()
     w = torch.rand(3, 3, requires_grad=True)
-    graph = record(train(lambda x: op(lambda y: y @ w, x)), X.clone().requires_grad_())
+    graph = record(train(over(op, w)), X.clone().requires_grad_())
     subgraph = next(m for m in graph.modules() if isinstance(m, GraphModule) and m is not graph)
     result = graph(X.clone().requires_grad_())
     refs = [weakref.ref(value) for value in (w, graph, subgraph, result[0])]
@@ -104,7 +103,7 @@ def test_a_capture_a_graph_and_a_result_go_when_the_caller_lets_go(hopkit_fresh:
 
 def test_an_op_goes_when_it_is_undefined(hopkit_fresh: Kit) -> None:
     op = define_twice()
-    record(lambda x: op(torch.sin, x), X)
+    record(over(op, X), X)
     ref = weakref.ref(op)
     hopkit.undefine(op)
     del op

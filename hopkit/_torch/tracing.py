@@ -39,8 +39,18 @@ class Tracer:
 
     def __init__(self, mode: ProxyTorchDispatchMode, inputs: Sequence[object]) -> None:
         # Its other tracer never gets as far as an operator.
-        self._tracer = cast("PythonKeyTracer", mode.tracer)
+        self._mode, self._tracer = mode, cast("PythonKeyTracer", mode.tracer)
         self._fake_mode = detect_fake_mode(inputs)
+
+    @property
+    def above_autograd(self) -> bool:
+        """Whether what is recorded is recorded before autograd sees it, as in export."""
+        return bool(self._mode.pre_dispatch)
+
+    def inside(self, run: Callable[[], T]) -> T:
+        """What ``run`` gives, recorded operator by operator."""
+        with self._mode:
+            return run()
 
     def trace(
         self, name: str, function: Callable[..., object], examples: Sequence[object], key: object, *, gradients: bool

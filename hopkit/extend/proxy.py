@@ -7,11 +7,12 @@ from typing import Protocol
 
 from torch.fx import GraphModule
 
+from hopkit._torch.autograd import needs_gradient
 from hopkit._torch.tracing import Tracer
 from hopkit.call import Call, GraphLike, key_of, with_gradients
 from hopkit.layout import Meta, Slots
 
-__all__ = ["ProxyRule", "Tracer", "node", "trace"]
+__all__ = ["ProxyRule", "Tracer", "needs_gradient", "node", "trace"]
 
 
 class ProxyRule(Protocol):

@@ -15,9 +15,9 @@ from multiprocessing.connection import Connection
 
 import torch
 
+from hopkit._torch.snapshot import changed, snapshot
 from tests.fuzz.judge import LEFT, Finding, found, plainly, program, shrunk
 from tests.fuzz.program import Program, source
-from tests.left_behind import changed, snapshot
 
 FORK = multiprocessing.get_context("fork")
 

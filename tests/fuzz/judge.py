@@ -18,11 +18,11 @@ from torch import Tensor
 
 import hopkit
 from hopkit._torch import trees
+from hopkit._torch.snapshot import changed, snapshot
 from hopkit.testing import fresh
 from hopkit.testing.compare import Pair, difference
 from tests.fuzz import pieces
 from tests.fuzz.program import Layer, Program, generate, smaller, source
-from tests.left_behind import changed, snapshot
 from tests.fuzz.stacks import DERIVED, WEIGHTS, floats, shapes_of_real, stacked, weighed
 
 Verdict = Literal["right", "refused", "n/a", "wrong", "error"]
@@ -134,10 +134,9 @@ def _left(left: str) -> Finding:
 
 
 def _raised(program: Program, error: Exception) -> Finding:
-    refusal, cause = None, error
-    while cause is not None and refusal is None:
-        refusal = cause if isinstance(cause, hopkit.HopkitError) else None
-        cause = cause.__cause__ or cause.__context__  # type: ignore[assignment] # BaseException, and never raised here
+    refusal: BaseException | None = error
+    while refusal is not None and not isinstance(refusal, hopkit.HopkitError):
+        refusal = refusal.__cause__ or refusal.__context__
     try:
         _run(program, _build(program, plain=True))
     except Exception as without:
@@ -259,7 +258,7 @@ def found(program: Program) -> Finding:
             return Finding("error", f"{type(error).__name__} in the fuzzer", "".join(traceback.format_exception(error)))
         finally:
             if any(name in ("compiled", "exported") for name, *_ in program.stack):
-                torch._dynamo.reset()
+                torch.compiler.reset()
 
 
 def shrunk(program: Program, finding: Finding, tries: int = 80) -> Program:
@@ -276,5 +275,3 @@ def shrunk(program: Program, finding: Finding, tries: int = 80) -> Program:
                 program, again = candidate, True
                 break
     return program
-
-

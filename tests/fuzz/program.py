@@ -7,7 +7,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from random import Random
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 Step = tuple[str, int, int]
 """What is computed, and by the numbers of which values."""
@@ -135,8 +135,8 @@ def generate(random: Random, layers: dict[str, float]) -> Program:
     functions = tuple(_function(random, len(captures), len(operands)) for _ in range(many))
     steps = [(random.choice(CALLS), random.randrange(20), random.randrange(20))]
     for _ in range(random.randrange(4)):
-        names = CALLS if random.random() < 0.5 else tuple(PLAIN)
-        steps.append((random.choice(names), random.randrange(20), random.randrange(20)))
+        kinds = CALLS if random.random() < 0.5 else tuple(PLAIN)
+        steps.append((random.choice(kinds), random.randrange(20), random.randrange(20)))
     depth = random.choices((1, 2, 3, 4), (3, 4, 3, 2))[0]
     names = random.choices(list(layers), list(layers.values()), k=depth)
     return Program(
@@ -186,7 +186,11 @@ def source(program: Program) -> str:
     local = [f"    {line}" for i, f in enumerate(program.functions) if not f.module for line in _local(program, i, f)]
     call = f"    return op({', '.join([*_passed(program), f'times={program.times}'])})"
     tensors = ", ".join(f"t{i}: Tensor" for i in range(len(program.operands)))
-    inner = ['@define("fuzz_inner")', "def inner(body: Subgraph, x: Tensor) -> Tensor:", "    return body(body(x)) * 0.5"]
+    inner = [
+        '@define("fuzz_inner")',
+        "def inner(body: Subgraph, x: Tensor) -> Tensor:",
+        "    return body(body(x)) * 0.5",
+    ]
     parts = [held, inner, _op(program), modules, [f"def call({tensors}) -> object:", *local, call]]
     return "\n\n\n".join("\n".join(part) for part in parts if part) + "\n"
 
@@ -355,7 +359,7 @@ def smaller(program: Program) -> Iterator[Program]:
     for name in ("many", "form", "gives", "results", "times"):
         simple = {"many": False, "form": "each", "gives": "tensor"}.get(name, 1)
         if getattr(program, name) != simple:
-            yield dataclasses.replace(program, **{name: simple})
+            yield _replaced(program, name, simple)
 
 
 def _simpler(function: Function) -> Iterator[Function]:
@@ -367,16 +371,25 @@ def _simpler(function: Function) -> Iterator[Function]:
         yield dataclasses.replace(function, captures=function.captures[:i] + function.captures[i + 1 :])
     for name, simple in {"arity": 1, "gives": "tensor", "packed": False, "module": False}.items():
         if getattr(function, name) != simple:
-            yield dataclasses.replace(function, **{name: simple})
+            yield _replaced(function, name, simple)
 
 
 def _plainer(held: Held) -> Iterator[Held]:
     for name, simple in dataclasses.asdict(Held()).items():
         if getattr(held, name) != simple:
-            yield dataclasses.replace(held, **{name: simple})
+            yield _replaced(held, name, simple)
     if held.shape not in ((3,), ()):
         yield dataclasses.replace(held, shape=(3,))
 
 
-def _with(items: tuple[object, ...], index: int, item: object) -> tuple[object, ...]:
+T = TypeVar("T", Program, Function, Held)
+Item = TypeVar("Item")
+
+
+def _replaced(value: T, name: str, simple: object) -> T:
+    changed: dict[str, Any] = {name: simple}
+    return dataclasses.replace(value, **changed)
+
+
+def _with(items: tuple[Item, ...], index: int, item: Item) -> tuple[Item, ...]:
     return (*items[:index], item, *items[index + 1 :])

@@ -13,16 +13,15 @@ from typing import Any, Literal, cast
 import torch
 from functorch.compile import aot_function, nop  # type: ignore[import-untyped] # torch's own
 from torch import Tensor
-from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
-from torch.testing._internal.two_tensor import TwoTensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import hopkit
 from hopkit._torch import trees
+from hopkit._torch.fakes import FakeMode
+from hopkit.extend.mode import TorchDispatchMode
 from tests.fuzz.program import Layer
 
 Run = Callable[..., Any]
@@ -173,13 +172,43 @@ def within(mode: Callable[[], contextlib.AbstractContextManager[Any]], run: Run)
     return inside
 
 
+class Boxed(Tensor):
+    """A wrapper subclass."""
+
+    held: Tensor
+
+    @staticmethod
+    def __new__(cls, held: Tensor) -> Boxed:
+        return torch.Tensor._make_wrapper_subclass(
+            cls, held.shape, held.stride(), held.storage_offset(), dtype=held.dtype, requires_grad=held.requires_grad
+        )
+
+    def __init__(self, held: Tensor) -> None:
+        self.held = held
+
+    def __repr__(self) -> str:  # type: ignore[override] # torch's own takes an option
+        return f"Boxed({self.held})"
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["held"], None
+
+    @staticmethod
+    def __tensor_unflatten__(inner: dict[str, Tensor], meta: object, size: object, stride: object) -> Boxed:
+        return Boxed(inner["held"])
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: object, args: Any = (), kwargs: Any = None) -> object:  # type: ignore[override] # torch's stub leaves out the operator
+        inner: Any = trees.map_only(Boxed, lambda t: t.held, (args, dict(kwargs or {})))
+        return trees.map_only(Tensor, Boxed, func(*inner[0], **inner[1]))
+
+
 @layer(2)
 def subclass(run: Run, a: int, b: int) -> Run:
-    def doubled(*ts: Tensor) -> Any:
-        boxed = [TwoTensor(t, t.clone()) if a >> i & 1 or i == 0 else t for i, t in enumerate(ts)]
-        return trees.map_only(TwoTensor, lambda t: t.a, run(*boxed))
+    def boxed(*ts: Tensor) -> Any:
+        inputs = [Boxed(t) if a >> i & 1 or i == 0 else t for i, t in enumerate(ts)]
+        return trees.map_only(Boxed, lambda t: t.held, run(*inputs))
 
-    return doubled
+    return boxed
 
 
 @layer(0.5)
@@ -346,7 +375,7 @@ def shapes(run: Run, a: int, b: int) -> Run:
     """Stand-ins: outermost, and nothing is left of the result but what it looks like."""
 
     def fake(*ts: Tensor) -> Any:
-        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        with FakeMode(allow_non_fake_inputs=True) as mode:
             return [_looks(t) for t in tensors(run(*(mode.from_tensor(t) for t in ts)))]
 
     return fake

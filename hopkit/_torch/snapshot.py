@@ -1,8 +1,12 @@
-"""Everything global or thread-local in torch, and in hopkit, that a call could leave changed."""
+"""Everything global or thread-local in torch, and in hopkit, that a call could leave changed (2.13, 2.14).
+
+Tests hold it before a call against after. If a name is gone, leave its line out.
+"""
 
 from __future__ import annotations
 
 import contextvars
+import linecache
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -11,8 +15,10 @@ from torch._C import _functorch
 from torch._functorch import eager_transforms
 from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 from torch._guards import CompileContext, TracingContext
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.fx.graph_module import _loader
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
@@ -48,7 +54,7 @@ def snapshot() -> dict[str, object]:
         "included keys": str(torch._C._dispatch_tls_local_include_set()),
         "excluded keys": str(torch._C._dispatch_tls_local_exclude_set()),
         "single level function": _functorch.get_single_level_autograd_function_allowed(),
-        "saved tensor hooks": hooks and [*map(id, hooks)],
+        "saved tensor hooks": [*map(id, hooks or ())],
         "tracer": id(get_proxy_mode()),
         "contexts": (id(TracingContext.try_get()), id(CompileContext.try_get())),
         "defaults": (torch.get_default_dtype(), torch.get_default_device()),
@@ -77,3 +83,11 @@ def nothing() -> Iterator[None]:
     finally:
         told = changed(before)
         assert not told, told
+
+
+def forget_traces() -> None:
+    """Let go of what torch keeps of every trace: the text of its graphs, and what an operator gave on stand-ins."""
+    for name in [name for name in linecache.cache if name.startswith("<eval_with_key>")]:
+        del linecache.cache[name]
+    _loader.eval_cache.clear()
+    FakeTensorMode.cache_clear()
