@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -177,6 +177,10 @@ class Fault(Exception):
     """What a rule raises."""
 
 
+def _like(body: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
 def fail(*args: object, **kwargs: object) -> object:
     raise Fault
 
@@ -291,7 +295,7 @@ def test_a_rule_that_raises_leaves_torch_as_it_was(where: str, hopkit_fresh: Kit
     faulty, sound = define("t_faulty"), define("t_sound")
     faulty.rule(mode)(rule)
     if mode == "device":
-        faulty.rule("fake")(lambda body, x: torch.empty_like(x))
+        faulty.rule("fake")(_like)
     with nothing(), pytest.raises(Exception) as caught:  # noqa: PT011 # torch's compiler wraps what is raised
         run(lambda x: faulty(torch.sin, x))
     error: BaseException | None = caught.value
@@ -338,7 +342,8 @@ def _in_a_child(seed: float) -> list[float]:
     leaf = torch.full((2,), seed, requires_grad=True)
     graph = record(lambda x: op(torch.sin, x), leaf.detach())
     assert nodes(graph, op) == 1
-    (gradient,) = torch.autograd.grad(graph(leaf).sum() + op(torch.sin, leaf).sum(), leaf)
+    total: Tensor = graph(leaf).sum() + cast("Tensor", op(torch.sin, leaf)).sum()
+    (gradient,) = torch.autograd.grad(total, leaf)
     return list(gradient.tolist())
 
 
