@@ -59,7 +59,7 @@ def _functional(f: Called) -> object:
     return torch.func.functionalize(f)(T)
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")  # torch's own decompositions
+@pytest.mark.filterwarnings("ignore:`torch.jit.script")  # torch's own decompositions
 @pytest.mark.parametrize("transform", [_forward, _reverse, _mapped, _functional])
 def test_flatten_under_a_transform(transform: Callable[[Called], object]) -> None:
     op = define_once()
@@ -125,7 +125,7 @@ class Whole(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")  # torch's own decompositions
+@pytest.mark.filterwarnings("ignore:`torch.jit.script")  # torch's own decompositions
 def test_jvp_of_an_output_that_is_expanded() -> None:
     op = define_once()
 
@@ -136,6 +136,7 @@ def test_jvp_of_an_output_that_is_expanded() -> None:
     same((value, tangent), (plain, 2 * plain))
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script")  # torch's own decompositions
 def test_jacfwd_of_a_recorded_batch_that_does_not_depend_on_it() -> None:
     op = define_once()
 
