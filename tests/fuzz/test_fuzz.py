@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+import hopkit
 from tests.fuzz.judge import found, program
 from tests.fuzz.program import Function, Held, Program, smaller, source
+from tests.fuzz.stacks import LAYERS, Run
 
 
 def test_a_few_hundred_programs() -> None:
@@ -34,8 +39,11 @@ def test_every_smaller_program_is_one() -> None:
         assert candidate != made
 
 
-def test_an_op_that_is_not_its_body_is_found(monkeypatch: object) -> None:
-    small = Program(functions=(Function(steps=(("sin", 0, 0),)),), stack=(("traced", 0, 0),))
-    assert found(small).verdict == "right"
-    broken = Program(functions=(Function(steps=(("sin", 0, 0),)),), stack=(("wrong", 0, 0),))
-    assert found(broken).failed
+def test_an_op_that_is_not_its_body_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def off_by_one(run: Run, a: int, b: int) -> Run:
+        return lambda *ts: run(*ts) + ("fuzz_op" in hopkit.ops())
+
+    monkeypatch.setitem(LAYERS, "off_by_one", off_by_one)
+    right = Program(functions=(Function(steps=(("sin", 0, 0),)),), stack=(("traced", 0, 0),))
+    assert found(right).verdict == "right"
+    assert found(dataclasses.replace(right, stack=(("off_by_one", 0, 0),))).verdict == "wrong"
