@@ -210,7 +210,8 @@ class Watch(TorchDispatchMode):
         if isinstance(tensor, FakeTensor):
             return False
         if is_traceable_wrapper_subclass(tensor):
-            return any(self._hides(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
+            inner = (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])  # a DTensor has a mesh there too
+            return any(isinstance(held, torch.Tensor) and self._hides(held) for held in inner)
         if is_functorch_wrapped_tensor(tensor):
             return self._hides(get_unwrapped(tensor))
         return opaque(tensor) or tensor.requires_grad or tensor in self._tracked
