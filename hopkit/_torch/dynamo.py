@@ -6,13 +6,13 @@ may be imported before the op is defined, or after; hopkit never imports it befo
 
 from __future__ import annotations
 
-import importlib.machinery
 import sys
-from collections.abc import Sequence
 from types import FunctionType, ModuleType
 from typing import TYPE_CHECKING
 
 from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy
+
+from hopkit._torch.later import after_import
 
 if TYPE_CHECKING:
     from torch._guards import Source
@@ -37,8 +37,6 @@ def register(name: str) -> None:
     _before.setdefault(name, None)
     if _MODULE in sys.modules:
         _register(sys.modules[_MODULE], name)
-    elif _finder not in sys.meta_path:
-        sys.meta_path.insert(0, _finder)
 
 
 def restore(name: str) -> None:
@@ -67,27 +65,9 @@ def _variable(operator: HigherOrderOperator, source: Source | None = None, **kwa
     return frame.Operator(operator, source, **kwargs)
 
 
-class _Finder:
-    """Waits for Dynamo to be imported."""
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        """As Python asks every finder: the one module, with a last step after its own code."""
-        if fullname != _MODULE:
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
-        if spec is not None and spec.loader is not None:
-            execute = spec.loader.exec_module
-
-            def exec_module(module: ModuleType) -> None:
-                execute(module)
-                for name in list(_before):
-                    _register(module, name)
-
-            vars(spec.loader)["exec_module"] = exec_module
-        return spec
+def _register_all(module: ModuleType) -> None:
+    for name in list(_before):
+        _register(module, name)
 
 
-_finder = _Finder()
+after_import(_MODULE, _register_all)
