@@ -173,24 +173,19 @@ def _autograd(op: str, mode: Mode, answers: Sequence[Answer], decode: Decode) ->
     return {keys.AUTOGRAD: kernel, levels.GRAD: of_level}
 
 
-def _vmap(op: str, mode: Mode, answers: Sequence[Answer], decode: Decode) -> dict[Key, Kernel]:
-    rules = [_on_levels(a.rule, batched) for a in answers]
+def _of_level(key: Key, level: Callable[..., object], adapt: Function) -> Callable[..., dict[Key, Kernel]]:
+    """The adapter of a transform of torch.func: a call without a layout has its body run in the transform."""
 
-    def kernel(interpreter: levels.VmapInterpreter, /, *args: object, **kwargs: object) -> object:
-        call = decode(*args, **kwargs)
-        return call.run() if call.layout is None else ask(op, mode.name, rules, levels.Batch(interpreter), call)
+    def adapter(op: str, mode: Mode, answers: Sequence[Answer], decode: Decode) -> dict[Key, Kernel]:
+        rules = [_on_levels(a.rule, adapt) for a in answers]
 
-    return {levels.VMAP: kernel}
+        def kernel(interpreter: object, /, *args: object, **kwargs: object) -> object:
+            call = decode(*args, **kwargs)
+            return call.run() if call.layout is None else ask(op, mode.name, rules, level(interpreter), call)
 
+        return {key: kernel}
 
-def _jvp(op: str, mode: Mode, answers: Sequence[Answer], decode: Decode) -> dict[Key, Kernel]:
-    rules = [_on_levels(a.rule, pushed) for a in answers]
-
-    def kernel(interpreter: levels.JvpInterpreter, /, *args: object, **kwargs: object) -> object:
-        call = decode(*args, **kwargs)
-        return call.run() if call.layout is None else ask(op, mode.name, rules, levels.Tangents(interpreter), call)
-
-    return {levels.JVP: kernel}
+    return adapter
 
 
 def _on_levels(rule: object, adapt: Function) -> Function:
@@ -244,8 +239,8 @@ _ADAPTERS = {
     "device": _device,
     "fake": _fake,
     "autograd": _autograd,
-    "vmap": _vmap,
-    "jvp": _jvp,
+    "vmap": _of_level(levels.VMAP, levels.Batch, batched),
+    "jvp": _of_level(levels.JVP, levels.Tangents, pushed),
     "functionalize": _functionalize,
     "proxy": _proxy,
 }

@@ -16,10 +16,10 @@ from torch._functorch import eager_transforms
 from torch._functorch.pyfunctorch import (
     FuncTorchInterpreter,
     GradInterpreter,
+    JvpInterpreter,
+    VmapInterpreter,
     retrieve_all_functorch_interpreters,
 )
-from torch._functorch.pyfunctorch import JvpInterpreter as JvpInterpreter
-from torch._functorch.pyfunctorch import VmapInterpreter as VmapInterpreter
 from torch.autograd import forward_ad
 
 VMAP, JVP, GRAD = TransformType.Vmap, TransformType.Jvp, TransformType.Grad
