@@ -12,7 +12,7 @@ from typing import cast
 import torch
 
 from hopkit._torch import trees
-from hopkit.errors import HopkitError, HopkitWarning, RuleConflictError, SpecError
+from hopkit.errors import CaptureError, HopkitError, HopkitWarning, RuleConflictError, SpecError
 from hopkit.explain import explain
 from hopkit.op import AnyOp
 from hopkit.spec import Sample
@@ -71,14 +71,16 @@ def _compared(outcome: Outcome) -> tuple[Verdict, float | None, str]:
 
 
 def _failed(case: Case, column: Column, error: Exception) -> tuple[Verdict, float | None, str]:
-    refusal, spec = _refusal(error), case.op.spec
-    if refusal is not None and spec.name in str(refusal):
-        return "error" if isinstance(refusal, RuleConflictError) else "refused", None, str(refusal)
+    refusal = _refusal(error)
+    ours = refusal is not None and case.op.spec.name in str(refusal)
+    verdict: Verdict = "refused" if ours and not isinstance(refusal, RuleConflictError) else "error"
+    if ours and not isinstance(refusal, CaptureError):  # what a mode cannot close over, it cannot in the body either
+        return verdict, None, str(refusal)
     try:
         column.run(case, case.body if column.group in BODY_RUNS else case.declared)
     except Exception as without:  # the same column, without hopkit
         return "n/a", None, f"the body alone cannot be run here: {_line(without)}"
-    return "error", None, _line(error)
+    return verdict, None, str(refusal) if ours else _line(error)
 
 
 def _refusal(error: BaseException | None) -> HopkitError | None:

@@ -20,11 +20,6 @@ EMPTY = {
 
 REFUSED = {
     **{
-        (op, "captures", mode): "AOTAutograd would lose the gradient of a captured parameter"
-        for op in ("branch", "loop")
-        for mode in ("aot", "aot_grad")
-    },
-    **{
         (op, "captures", "nested"): "the column detaches inside a subgraph, and the body has nothing to fall back to"
         for op in ("branch", "loop")
     },
