@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import keyword
+import threading
 import warnings
 from collections.abc import Callable, Container, Iterable, Iterator
 from importlib.metadata import EntryPoint
+from typing import Concatenate, TypeVar
+
+from typing_extensions import ParamSpec
 
 from hopkit import installed, saved
 from hopkit._torch import namespace, serde
@@ -18,6 +23,26 @@ from hopkit.op import AnyOp, Op, check_op
 from hopkit.resolve import check_rule, conflicts, resolve
 from hopkit.rule import Answer, Place, Rule
 from hopkit.spec import OpSpec
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _alone(
+    method: Callable[Concatenate[Kit, P], R],
+) -> Callable[Concatenate[Kit, P], R]:
+    """One thread at a time: ops and plugins come and go as a whole. A plugin that is asked may define ops itself."""
+
+    @functools.wraps(method)
+    def locked(self: Kit, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        with _lock:
+            return method(self, *args, **kwargs)
+
+    return locked
+
+
+_lock = threading.RLock()
+"""Of the process, as torch's tables are."""
 
 
 class Kit:
@@ -48,6 +73,7 @@ class Kit:
         """Whether installed plugins are still to be loaded."""
         return self._entries is None or bool(self._entries)
 
+    @_alone
     def load(self) -> None:
         """Load the installed plugins, once, and let all ops follow."""
         if self._loading:  # a plugin calls an op while it is imported
@@ -136,6 +162,7 @@ class Kit:
 
     # -- ops ---------------------------------------------------------------------------------------------------------
 
+    @_alone
     def define(self, spec: OpSpec, *, replace: bool) -> AnyOp:
         """Make the live op of a spec.
 
@@ -189,6 +216,7 @@ class Kit:
                     except PluginError as error:  # the op is defined, whatever a listener thinks of it
                         self._passing_over(impl.plugin, error)
 
+    @_alone
     def undefine(self, op: AnyOp) -> None:
         """Take an op away; what it replaced is back.
 
@@ -210,6 +238,7 @@ class Kit:
         else:
             self.ops[op.spec.name] = op.before
 
+    @_alone
     def attach(self, op: AnyOp, mode: str, rule: Rule, device: str) -> None:
         """Attach an author's rule.
 
@@ -248,6 +277,7 @@ class Kit:
 
     # -- plugins -----------------------------------------------------------------------------------------------------
 
+    @_alone
     def register(self, plugin: object, name: str | None) -> str:
         """Register a plugin; every op follows. All or nothing.
 
@@ -269,6 +299,7 @@ class Kit:
         self._tell()
         return chosen
 
+    @_alone
     def unregister(self, plugin: object) -> None:
         """Take a plugin away; every op follows.
 
@@ -307,6 +338,7 @@ class Kit:
                 yield op
                 op = op.before
 
+    @_alone
     def infos(self) -> tuple[PluginInfo, ...]:
         """Every plugin."""
         self.load()

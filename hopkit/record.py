@@ -16,7 +16,7 @@ import torch
 from torch.fx import GraphModule
 
 from hopkit import codec
-from hopkit._torch import sizes, trees
+from hopkit._torch import levels, sizes, trees
 from hopkit._torch.autograd import computed, needs_gradient, tied
 from hopkit._torch.fakes import Stage, same_storage
 from hopkit._torch.state import autocasting, functionalizing, is_tracked, opaque, tracked
@@ -188,6 +188,8 @@ class Recorder:
                     return value
             elif not sizes.symbols([value]) - covered - (self._watch.made - before):
                 return value
+            if levels.inside(value):  # no transform that is around the call is active here
+                raise Unrecordable("a subgraph applies a transform of torch.func to what it closes over")
             self._refuse_constant(function, value)
             index = self._capture(value)
             if index not in used:

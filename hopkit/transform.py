@@ -7,11 +7,11 @@ from typing import cast
 
 import torch
 
-from hopkit._torch import sizes, trees
+from hopkit._torch import levels, sizes, trees
 from hopkit._torch.fakes import autograd_on, copied
-from hopkit._torch.levels import duals_shared
 from hopkit._torch.sizes import Equal
-from hopkit._torch.state import forward_mode, transforming
+from hopkit._torch.state import forward_mode
+from hopkit._torch.watch import beyond
 from hopkit.codec import Slot
 from hopkit.errors import LayoutError, RuleError, SignatureError
 from hopkit.layout import FUNCTIONAL, REGION, Layout, Slots, Variant, fill
@@ -155,7 +155,7 @@ def vjp(run: Flat, wrt: Sequence[int], given: Sequence[int]) -> Flat:
 
     def transformed(inputs: Sequence[object]) -> tuple[object, ...]:
         primals, gradients = list(inputs[: len(inputs) - len(given)]), inputs[len(inputs) - len(given) :]
-        if transforming() or forward_mode():
+        if levels.top() is not None or forward_mode():  # inside functionalize no tensor becomes a leaf, either
             return _vjp_inside_transforms(run, primals, wrt, given, gradients)
         again = torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs)
         with torch.inference_mode(False), autograd_on(), torch.enable_grad():
@@ -179,7 +179,8 @@ def vjp(run: Flat, wrt: Sequence[int], given: Sequence[int]) -> Flat:
                 materialize_grads=True,
             )
             results = tuple(map(_sized, results, sources))
-        return results if again else tuple(result.detach() for result in results)
+        # A leaf that was made here is nobody's; what depends on it alone has no gradient.
+        return tuple(result if again and beyond(result, sources) else result.detach() for result in results)
 
     return transformed
 
@@ -244,7 +245,7 @@ def jvp(run: Flat, wrt: Sequence[int], given: Sequence[int]) -> Flat:
             outputs = run([changed.get(i, primal) for i, primal in enumerate(primals)])
             return tuple(outputs[i] for i in given), outputs
 
-        with duals_shared():
+        with levels.duals_shared():
             _, found, *outputs = torch.func.jvp(chosen, tuple(primals[i] for i in wrt), tuple(tangents), has_aux=True)
         return (*cast("tuple[object, ...]", outputs[0]), *cast("tuple[object, ...]", found))
 

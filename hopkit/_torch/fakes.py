@@ -141,6 +141,11 @@ def outside_modes() -> contextlib.AbstractContextManager[object]:
     return _disable_current_modes()
 
 
+def outside_transforms() -> contextlib.AbstractContextManager[object]:
+    """Inside, no transform of torch.func is active."""
+    return cast("contextlib.AbstractContextManager[object]", temporarily_clear_interpreter_stack())
+
+
 def unfunctional(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor under every wrapper of functionalization."""
     while torch._is_functional_tensor(elem := getattr(tensor, "elem", tensor)):

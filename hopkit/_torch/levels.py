@@ -43,6 +43,13 @@ def base(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def inside(value: object) -> bool:
+    """Whether a tensor is what a transform of torch.func that is active made of another."""
+    if not isinstance(value, torch.Tensor) or not _functorch.is_functorch_wrapped_tensor(value):
+        return False
+    return _functorch.maybe_get_level(value) in {i.level() for i in retrieve_all_functorch_interpreters()}
+
+
 def differentiating() -> bool:
     """Whether a transform of torch.func that differentiates is active."""
     return any(interpreter.key() in (GRAD, JVP) for interpreter in retrieve_all_functorch_interpreters())
@@ -136,6 +143,8 @@ class Tangents:
             if isinstance(value, torch.Tensor):
                 value = _functorch._wrap_for_grad(value, self._level)
                 if i in tangents:
+                    if value.stride() != tangents[i].stride() and 0 in value.stride():
+                        value = value.clone()  # torch lays the tangent out alike, and cannot write to what is expanded
                     value = forward_ad.make_dual(
                         value, _functorch._wrap_for_grad(tangents[i], self._level), level=_DUAL
                     )

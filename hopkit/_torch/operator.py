@@ -94,13 +94,18 @@ class Operator(HigherOrderOperator):
         return self._schema_of(*args, **kwargs)
 
     def install(self, kernels: Mapping[Key, Kernel]) -> None:
-        """Replace every kernel of this operator, in torch's tables and in its dispatch cache."""
-        self.py_kernels.clear()
-        self.python_key_table.clear()
-        self.functorch_table.clear()
+        """Replace every kernel of this operator, in torch's tables and in its dispatch cache.
+
+        A thread that calls it meanwhile meets all of the old kernels or all of the new ones, and never none.
+        """
+        filled = object.__new__(type(self))
+        vars(filled).update(vars(self), _dispatch_cache={}, **{name: {} for name in _TABLES})
         for key, kernel in kernels.items():
-            self.py_impl(key)(kernel)
-        self._dispatch_cache.clear()
+            filled.py_impl(key)(kernel)
+        vars(self).update({name: vars(filled)[name] for name in (*_TABLES, "non_fallthrough_keys", "_dispatch_cache")})
+
+
+_TABLES = ("py_kernels", "python_key_table", "functorch_table")
 
 
 for _entry in (Operator.__call__, Operator.redispatch, Operator.dispatch):  # CompiledAutograd enters in the middle

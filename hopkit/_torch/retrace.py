@@ -59,7 +59,7 @@ def retrace(
             watch.reason = custom_backward(trees.leaves(result)) or watch.reason
         return result
 
-    with _mode_of(examples) as mode, fakes.unhooked():
+    with fakes.outside_transforms(), _mode_of(examples) as mode, fakes.unhooked():
         inputs = list(examples)
         for i, example in enumerate(examples):
             if isinstance(example, torch.Tensor):

@@ -43,10 +43,14 @@ class Tracer:
     """The graph that is being recorded."""
 
     def __init__(self, mode: ProxyTorchDispatchMode, inputs: Sequence[object]) -> None:
-        self._mode = mode
         # Its other tracer never gets as far as an operator.
-        self._tracer = cast("PythonKeyTracer", mode.tracer)
+        self._mode, self._tracer = mode, cast("PythonKeyTracer", mode.tracer)
         self._fake_mode = detect_fake_mode(inputs)
+
+    @property
+    def above_autograd(self) -> bool:
+        """Whether what is recorded is recorded before autograd sees it, as in export."""
+        return bool(self._mode.pre_dispatch)
 
     def trace(
         self, name: str, function: Callable[..., object], examples: Sequence[object], key: object, *, gradients: bool
@@ -64,7 +68,9 @@ class Tracer:
             inputs = trees.map_only(torch.Tensor, stand_in, tuple(examples))
             inside = contextlib.nullcontext() if self._fake_mode else mode
             with inside, fakes.autograd_on(), fakes.unhooked(), torch.set_grad_enabled(gradients):
-                known[key] = self.register(name, reenter_make_fx(function)(*cast("tuple[object, ...]", inputs)))
+                graph = reenter_make_fx(function)(*cast("tuple[object, ...]", inputs))
+            _drop_saved(graph)
+            known[key] = self.register(name, graph)
         return cast("GraphModule", getattr(self._tracer.root, known[key]))
 
     def register(self, name: str, graph: torch.nn.Module) -> str:
@@ -157,6 +163,16 @@ _invoke_subgraph = torch.ops.higher_order.invoke_subgraph
 
 _CONVOLVED = 3
 """The fewest dimensions of what a convolution gives."""
+
+
+def _drop_saved(graph: GraphModule) -> None:
+    """What autograd saves it detaches, and a graph that is recorded again would pass for one that detaches a part."""
+    before = len(graph.graph.nodes)
+    for node in reversed(graph.graph.nodes):
+        if node.target is torch.ops.aten.detach.default and not node.users:
+            graph.graph.erase_node(node)
+    if len(graph.graph.nodes) < before:
+        graph.recompile()
 
 
 def _draws(graph: object) -> bool:

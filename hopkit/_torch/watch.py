@@ -11,6 +11,7 @@ import torch
 from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from typing_extensions import Self
@@ -264,12 +265,28 @@ def custom_backward(outputs: Sequence[object]) -> str:
 
 def sources(output: object, leaves: Sequence[object]) -> tuple[int, ...]:
     """The numbers of the leaves that ``output`` has a gradient for."""
-    pending = [output.grad_fn] if isinstance(output, torch.Tensor) else []
-    seen: set[object] = set()
+    reached = set(map(id, _roots(output)))
+    return tuple(i for i, leaf in enumerate(leaves) if id(leaf) in reached)
+
+
+def beyond(output: object, leaves: Sequence[object]) -> bool:
+    """Whether ``output`` has a gradient for anything but these leaves."""
+    return not set(map(id, _roots(output))).issubset(map(id, leaves))
+
+
+def _roots(output: object) -> Iterator[object]:
+    """The leaves that ``output`` has a gradient for; a node of the tape where it ends at none, as at `computed`."""
+    if not isinstance(output, torch.Tensor) or not output.requires_grad:
+        return
+    if output.grad_fn is None:
+        yield output
+    pending = [output.grad_fn]
+    seen: set[Node] = set()
     while pending:
         node = pending.pop()
         if node is not None and node not in seen:
             seen.add(node)
-            pending.extend(following for following, _ in node.next_functions)
-    reached = {id(node.variable) for node in seen if hasattr(node, "variable")}
-    return tuple(i for i, leaf in enumerate(leaves) if id(leaf) in reached)
+            before = [previous for previous, _ in node.next_functions if previous is not None]
+            pending.extend(before)
+            if not before:
+                yield getattr(node, "variable", node)

@@ -8,11 +8,12 @@ from typing import Protocol
 import torch
 from torch.fx import GraphModule
 
+from hopkit._torch.autograd import needs_gradient
 from hopkit._torch.tracing import Tracer
 from hopkit.call import Call, GraphLike, key_of, with_gradients
 from hopkit.layout import Meta, Slots
 
-__all__ = ["ProxyRule", "Tracer", "lifted", "node", "trace"]
+__all__ = ["ProxyRule", "Tracer", "lifted", "needs_gradient", "node", "trace"]
 
 
 class ProxyRule(Protocol):
@@ -46,8 +47,9 @@ def lifted(tracer: Tracer, call: Call) -> Call:
     return call.replace(inputs=inputs, layout=call.layout.capturing(added, metas)) if metas else call
 
 
-def node(tracer: Tracer, call: Call) -> object:
-    """Write ``call``, whose graphs are submodules of the graph, as one node; gives its outputs."""
+def node(tracer: Tracer, call: Call, *, gives: Call | None = None) -> object:
+    """Write ``call``, whose graphs are submodules of the graph, as one node; gives its outputs, those of ``gives``."""
+    outputs = (gives or call)()
     if torch.compiler.is_exporting():
         call = lifted(tracer, call)
-    return tracer.emit(call.target, (*call.graphs, call.nested), call.keywords, call())
+    return tracer.emit(call.target, (*call.graphs, call.nested), call.keywords, outputs)

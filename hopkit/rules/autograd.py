@@ -11,7 +11,7 @@ computes and its derivative as one graph, lets torch's partitioner cut it, and r
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import NoReturn, cast
 
 import torch
 
@@ -60,7 +60,7 @@ def derive(call: Call) -> object:
             todo='Write its derivative (`@op.rule("autograd")`), or record it under torch.no_grad()',
         )
     if hidden and torch.compiler.is_exporting():  # its node is there already
-        return raise_in_backward(call.op.name)(below(call))
+        return apply(Untold(call, hidden), call.inputs)
     if hidden or call.layout is None:
         return call.run()  # autograd sees the body instead
     return apply(Derived(call), call.inputs)
@@ -92,6 +92,8 @@ class Derived(Step):
 
     def __init__(self, call: Call) -> None:
         self._call = call
+        # Otherwise every output would ask for a gradient, and some depend on no input that does.
+        self.constant = [i for i, reached in enumerate(call.rehearsal.sources or ()) if not reached]
 
     def forward(self, inputs: tuple[object, ...]) -> tuple[tuple[object, ...], tuple[object, ...]]:
         """The op, below autograd. The inputs are saved; backward computes what else it needs."""
@@ -115,6 +117,23 @@ class Derived(Step):
         for i, gradient in zip(wrt, found, strict=True):
             results[i] = gradient
         return results
+
+
+class Untold(Derived):
+    """The op as one step of the tape, where its node does not tell what its derivative is."""
+
+    def __init__(self, call: Call, hidden: str) -> None:
+        super().__init__(call)
+        self._hidden = hidden
+
+    def backward(self, *_: object) -> NoReturn:
+        """Nothing: it raises."""
+        raise AutogradError(
+            f"op '{self._call.op.name}'",
+            f"cannot be differentiated inside an exported program: {self._hidden}",
+            why="its derivative would be that of its graph, which does not tell so",
+            todo='Differentiate the code that is exported outside it, or write the derivative (`@op.rule("autograd")`)',
+        )
 
 
 class Divided(Derived):

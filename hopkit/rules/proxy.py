@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hopkit.extend import Call, OpSpec, Rule, hookimpl
-from hopkit.extend.proxy import Tracer, node, trace
+from hopkit.extend.proxy import Tracer, needs_gradient, node, trace
 
 
 @hookimpl
@@ -18,4 +18,7 @@ def record(tracer: Tracer, call: Call) -> object:
         trace(tracer, name, graph, examples)
         for name, graph, examples in zip(call.graph_names(), call.graphs, call.examples, strict=True)
     ]
-    return node(tracer, call.replace(graphs=graphs))
+    recorded = call.replace(graphs=graphs)
+    # Above autograd, which comes after this: a traced graph does not tell of a derivative that is not its own.
+    told = not (tracer.above_autograd and needs_gradient(call.inputs) and call.layout and call.unseen)
+    return node(tracer, recorded, gives=recorded if told else call)

@@ -1,0 +1,172 @@
+"""What the fuzzer (tests/fuzz) found, each as small as it could be made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import hopkit
+from hopkit import Subgraph
+from hopkit.extend.mode import TorchDispatchMode
+from tests.recording import define_once, nodes, record, same
+
+pytestmark = pytest.mark.usefixtures("hopkit_fresh")
+
+X = torch.linspace(-1.0, 1.0, 6).reshape(2, 3)
+T = torch.linspace(0.5, 1.5, 3)
+
+Called = Callable[[Tensor], Any]
+
+
+def slope(x: Tensor) -> Tensor:
+    return cast("Tensor", torch.func.grad(lambda y: (y.sin() * y).sum())(x))
+
+
+@pytest.mark.parametrize("inside", [slope, torch.vmap(torch.sin)])
+def test_a_subgraph_transforms_what_it_closes_over(inside: Callable[[Tensor], Tensor]) -> None:
+    op = define_once()
+    with pytest.warns(hopkit.HopkitWarning, match="applies a transform of torch.func to what it closes over"):
+        graph = record(lambda x, t: op(lambda y: y * inside(t), x), X, T)
+    same(graph(X + 1, T * 2), (X + 1) * inside(T * 2))
+
+
+def test_a_subgraph_transforms_what_it_is_given() -> None:
+    op = define_once()
+    graph = record(lambda x: op(slope, x), T)
+    assert nodes(graph, op) == 1
+    same(graph(T * 2), slope(T * 2))
+
+
+def _forward(f: Called) -> object:
+    return torch.func.jvp(f, (T,), (T,))
+
+
+def _reverse(f: Called) -> object:
+    _, pull, *_ = torch.func.vjp(f, T)
+    return cast("Called", pull)(T)
+
+
+def _mapped(f: Called) -> object:
+    return torch.vmap(f)(X)
+
+
+def _functional(f: Called) -> object:
+    return torch.func.functionalize(f)(T)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script")  # torch's own decompositions
+@pytest.mark.parametrize("transform", [_forward, _reverse, _mapped, _functional])
+def test_flatten_under_a_transform(transform: Callable[[Called], object]) -> None:
+    op = define_once()
+
+    def flat(x: Tensor) -> Any:
+        return hopkit.flatten(record(lambda y: op(torch.sin, y), x))(x)
+
+    same(transform(flat), transform(torch.sin))
+
+
+def test_a_recorded_derivative_under_functionalize() -> None:
+    op = define_once()
+    slope: Called = torch.func.grad(lambda x: op(torch.sin, x).sum())
+    graph = record(slope, T)
+    assert nodes(graph, op) > 0
+    same(torch.func.functionalize(graph)(T), T.cos())
+
+
+def test_a_recorded_derivative_requires_a_gradient_where_the_body_does() -> None:
+    op = define_once()
+    unused = T.clone().requires_grad_()
+
+    def slopes(x: Tensor, unused: Tensor) -> Tensor:
+        return cast("Tensor", torch.func.grad(lambda y: op(lambda y, _: y.sin(), y, unused).sum())(x))
+
+    graph = record(slopes, T, unused)
+    assert not graph(T, unused).requires_grad
+    assert graph(T.clone().requires_grad_(), unused).requires_grad
+
+
+def test_a_derivative_is_recorded_twice_and_differentiated() -> None:
+    # What autograd saves of tanh was taken for a detached part, and the second recording lost the derivative.
+    op = define_once()
+    leaf = T.clone().requires_grad_()
+    slope: Called = torch.func.grad(lambda x: op(torch.tanh, x).sum())
+    once = make_fx(slope)(leaf)
+    twice = make_fx(once)(leaf)
+    assert nodes(twice, op) == nodes(once, op) == 2
+    wanted = torch.autograd.grad(torch.func.grad(lambda x: x.tanh().sum())(leaf).sum(), leaf)
+    same(torch.autograd.grad(twice(leaf).sum(), leaf), wanted)
+
+
+def test_outputs_that_depend_on_nothing_that_requires_a_gradient() -> None:
+    @hopkit.define("t_parts")
+    def parts(body: Subgraph, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        return body(x), y + 1
+
+    leaf = T.clone().requires_grad_()
+    with Whole():  # type: ignore[no-untyped-call] # torch's own
+        first, second = parts(torch.sin, leaf, T)
+    assert first.requires_grad
+    assert not second.requires_grad
+
+
+class Whole(TorchDispatchMode):
+    """Takes operators whole."""
+
+    supports_higher_order_operators = True
+
+    def __torch_dispatch__(
+        self, func: Any, types: object, args: Sequence[object] = (), kwargs: Mapping[str, object] | None = None
+    ) -> object:
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script")  # torch's own decompositions
+def test_jvp_of_an_output_that_is_expanded() -> None:
+    op = define_once()
+
+    def run(x: Tensor) -> object:
+        return torch.func.jvp(lambda x: op(lambda x, y: (x * y).sum(0).expand(4, 3), x, X), (x,), (x * 2,))
+
+    (value, tangent), plain = record(run, T)(T), (T * X).sum(0).expand(4, 3)
+    same((value, tangent), (plain, 2 * plain))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script")  # torch's own decompositions
+def test_jacfwd_of_a_recorded_batch_that_does_not_depend_on_it() -> None:
+    op = define_once()
+
+    def run(x: Tensor) -> Tensor:
+        graph = record(lambda x: torch.vmap(lambda y: op(lambda y, t: y * 0 + t.sin(), y, T))(x), x)
+        return cast("Tensor", graph(x))
+
+    same(torch.func.jacfwd(run)(X), torch.zeros(2, 3, 2, 3))
+
+
+class Tenfold(torch.autograd.Function):
+    """With a derivative that is not its own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 10
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient * 7
+
+
+def test_export_of_a_derivative_that_is_written_by_hand_in_a_subgraph() -> None:
+    # Export records before autograd: what was differentiated was the recorded graph, and the derivative was 10.
+    op = define_once()
+
+    class Slope(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            leaf = x.detach().requires_grad_()
+            return torch.autograd.grad(op(Tenfold.apply, leaf).sum(), leaf)[0]
+
+    with pytest.raises(hopkit.AutogradError, match="cannot be differentiated inside an exported program: it has"):
+        torch.export.export(Slope(), (T,), strict=False)
