@@ -14,7 +14,7 @@ import sys
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import cast
+from typing import NoReturn, cast
 
 import torch
 
@@ -45,7 +45,13 @@ COLOURS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; gives the exit status."""
-    chosen = _parser().parse_args(argv)
+    given = sys.argv[1:] if argv is None else argv
+    try:
+        chosen = _parser().parse_args(given)
+    except argparse.ArgumentError as error:
+        if "--json" in given:
+            _print_json({"error": str(error)})
+        return USAGE
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("ignore")
         warnings.simplefilter("always", HopkitWarning)
@@ -61,9 +67,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     return status
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Told as argparse tells it, and the caller tells it again where JSON was asked for."""
+        self.print_usage(sys.stderr)
+        print(f"{self.prog}: error: {message}", file=sys.stderr)
+        raise argparse.ArgumentError(None, message)
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("hopkit", description="Higher-order operators for PyTorch, defined once.")
-    output = argparse.ArgumentParser(add_help=False)
+    parser = _Parser("hopkit", description="Higher-order operators for PyTorch, defined once.")
+    output = _Parser(add_help=False)
     output.add_argument("--json", action="store_true", help="print JSON")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 

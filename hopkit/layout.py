@@ -116,7 +116,10 @@ class Variant:
         slots: list[object] = []
         known = dict(symbols)
         for want, leaf in zip(expected, leaves, strict=True):
-            if isinstance(want, Slot):
+            if isinstance(want, Slot) and want.index < len(slots):
+                if leaf is not slots[want.index]:
+                    return None
+            elif isinstance(want, Slot):
                 self.metas[want.index].bind(leaf, known, unbacked=equal is not Equal.PERHAPS)
                 slots.append(leaf)
             elif type(want) is not type(leaf) or want != leaf:
@@ -271,25 +274,34 @@ def _signed(text: str) -> str:
 
 
 class Slots:
-    """Splits pytrees into what a graph takes as inputs (tensors, SymInts) and the constants around them."""
+    """Splits pytrees into what a graph takes as inputs (tensors, SymInts) and the constants around them.
 
-    def __init__(self, *, unique: bool = True) -> None:
+    Args:
+        unique: The kinds of which each value is one input, however often it comes.
+    """
+
+    def __init__(self, *, unique: tuple[type, ...] = (object,)) -> None:
         self.inputs: list[object] = []
         self._unique = unique
         self._seen: dict[int, Slot] = {}
 
     def split(self, value: object) -> object:
-        """``value`` with a `Slot` in place of every input, which is appended to ``inputs`` (if unique, once)."""
+        """``value`` with a `Slot` in place of every input, which is appended to ``inputs``."""
         leaves, tree = trees.flatten(value)
         return trees.unflatten([self._slot(leaf) for leaf in leaves], tree)
 
     def _slot(self, leaf: object) -> object:
         if not isinstance(leaf, (torch.Tensor, torch.SymInt, torch.SymFloat, torch.SymBool)):
             return leaf
-        if not self._unique or id(leaf) not in self._seen:
+        if not isinstance(leaf, self._unique) or id(leaf) not in self._seen:
             self._seen[id(leaf)] = Slot(len(self.inputs))
             self.inputs.append(leaf)
         return self._seen[id(leaf)]
+
+
+def arguments() -> Slots:
+    """Slots for what a subgraph is called with: its code may ask whether two tensors are the same one."""
+    return Slots(unique=(torch.Tensor,))
 
 
 def parameter_of(values: Mapping[str, object], index: int) -> str:

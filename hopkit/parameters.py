@@ -27,6 +27,7 @@ _SETTINGS = {"torch.dtype", "torch.device", "torch.layout", "torch.memory_format
 _SEQUENCES: set[type] = {tuple, list, collections.abc.Sequence}
 _MAPPINGS: set[type] = {dict, collections.abc.Mapping, collections.OrderedDict, collections.defaultdict}
 _TREES = _SEQUENCES | _MAPPINGS | {collections.deque}
+_MUTABLE = (list, dict, set, bytearray, collections.deque)
 _CALLABLE: object = collections.abc.Callable
 _SETS: tuple[object, ...] = (set, frozenset, collections.abc.Set)
 
@@ -187,6 +188,12 @@ class _Reader:
         if isinstance(verdict, _Refusal):
             raise self._error(f"is annotated '{text}', which is no subgraph, no operand and no option", *verdict)
         parameter = Parameter(p.name, verdict.kind, text, p.kind, p.default, verdict.graph_only, verdict.accepts)
+        if isinstance(plain(p.default), _MUTABLE):
+            raise self._error(
+                f"has the default {p.default!r}, which can be changed",
+                "all calls share it, and would see what one of them puts in",
+                f"Write a tuple, or `{p.name}: {text} | None = None` and make it in the body",
+            )
         if p.default is not p.empty and (bad := misfit(parameter, plain(p.default))):
             raise self._error(f"has a default that does not fit: {bad.found}", bad.why, bad.todo)
         return parameter

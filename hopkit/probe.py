@@ -16,7 +16,7 @@ from hopkit._torch.state import has_no_value
 from hopkit._torch.watch import Same, Substitute
 from hopkit.codec import Slot
 from hopkit.errors import HopkitWarning, LayoutError, PropertyError, SubgraphError
-from hopkit.layout import Meta, Slots, Variant, fill
+from hopkit.layout import Meta, Slots, Variant, arguments, fill
 from hopkit.spec import OpSpec
 
 MOST_SIGNATURES = 64
@@ -80,7 +80,7 @@ class Graph:
         args, kwargs = cast("tuple[tuple[object, ...], dict[str, object]]", fill(self.takes, inputs))
         with Substitute(lambda value: stand_ins.get(identity(value), value)) as mode:
             result = self.function(*args, **kwargs)
-        outputs = Slots(unique=False)
+        outputs = Slots(unique=())
         outputs.split(mode.replaced(result))
         return tuple(outputs.inputs)
 
@@ -121,10 +121,10 @@ class Probe:
         self.calls: list[_Seen] = []
 
     def __call__(self, /, *args: object, **kwargs: object) -> object:
-        slots = Slots(unique=False)
+        slots = arguments()
         takes = slots.split((args, kwargs))
         result, used, steps = self._recorder.run(self.function, args, kwargs, slots.inputs)
-        gives = _itself(Slots(unique=False).split(self._checked(result)), trees.leaves(result), slots.inputs)
+        gives = _itself(Slots(unique=()).split(self._checked(result)), trees.leaves(result), slots.inputs)
         self.calls = self._merged([*self.calls, _Seen(takes, tuple(slots.inputs), used, steps, gives)])
         return result
 
@@ -170,7 +170,8 @@ class Probe:
         """The graphs of this subgraph, numbered from ``first``, and what the layout says of them."""
         graphs: list[Graph] = []
         variants: list[Variant] = []
-        for call in self._merged(self.calls):
+        # The same tensor twice comes before two tensors, which the same one twice would pass for.
+        for call in sorted(self._merged(self.calls), key=lambda call: len(call.inputs)):
             self._check_writable(call.takes)
             captured = tuple(self._recorder.inputs[i] for i in call.used)
             gradients = torch.is_grad_enabled()

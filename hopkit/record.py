@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import enum
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import cast
 
@@ -415,6 +416,19 @@ def _examples(
     ) from cause
 
 
+def _outputs(spec: OpSpec, given: object) -> object:
+    """What ``outputs=`` gives. The body does not run here, and nobody else would notice a forgotten ``return``."""
+    annotation = inspect.signature(spec.body).return_annotation
+    if given is None and annotation not in (None, "None"):
+        raise SpecError(
+            f"`outputs=` of op '{spec.name}'",
+            "gave None",
+            why="it says what the op gives where its body cannot run, and the body would seem to give nothing",
+            todo="Let it return a result of the right shapes; if the op gives nothing, annotate its body `-> None`",
+        )
+    return given
+
+
 def run_or_examples(spec: OpSpec, values: Mapping[str, object]) -> object:
     """The body's result on stand-ins; where ``inputs=`` is declared, the subgraphs are called as it says."""
     args, kwargs = spec.arguments(values)
@@ -424,7 +438,7 @@ def run_or_examples(spec: OpSpec, values: Mapping[str, object]) -> object:
         results = [function(*example) for function, example in zip(called, examples, strict=True)]
         if spec.outputs is not None:
             operands = [values[p.name] for p in spec.of_kind(Kind.OPERAND)]
-            return tied(spec.outputs(*args, **kwargs), trees.leaves([operands, results]))
+            return tied(_outputs(spec, spec.outputs(*args, **kwargs)), trees.leaves([operands, results]))
     try:
         return spec.body(*args, **kwargs)
     except Exception as error:

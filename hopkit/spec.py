@@ -90,7 +90,7 @@ class OpSpec:
         name: torch's name for the op; an identifier, unique in the process. Prefix it with your package.
         body: An ordinary function that calls the subgraphs it is given. It is the op's meaning.
         parameters: What the body takes; ``hopkit.parameters.parse(body)`` reads it from the annotations.
-        inputs: ``inputs(*op_args)`` gives, per subgraph parameter, the tuple of example arguments it is called with.
+        inputs: ``inputs(*op_args)`` gives, for every subgraph, the tuple of example arguments that it is called with.
         outputs: A fake rule with the body's signature: the outputs' shapes, without deciding on values.
         autograd: "derive", "deferred_error" (outputs raise in backward) or "error" (the call raises).
         pure: The result depends on the arguments alone.

@@ -14,7 +14,7 @@ from hopkit._torch.state import forward_mode
 from hopkit._torch.watch import beyond
 from hopkit.codec import Slot
 from hopkit.errors import LayoutError, RuleError, SignatureError
-from hopkit.layout import FUNCTIONAL, REGION, Layout, Slots, Variant, fill
+from hopkit.layout import FUNCTIONAL, REGION, Layout, Variant, arguments, fill
 from hopkit.spec import Kind, OpSpec
 
 Flat = Callable[[Sequence[object]], tuple[object, ...]]
@@ -61,7 +61,7 @@ class Replayed:
                     outputs = cast("Sequence[object]", self._graphs[variant.graph](*slots, *captures))
                     return fill(variant.gives, [*outputs, *reversed(slots)])
         recorded = "; ".join(variant.describe() for variant in self._variants) or "nothing, it was never called"
-        found = Slots(unique=False)
+        found = arguments()
         found.split((args, kwargs))
         raise SignatureError(
             f"subgraph '{self._name}' of op '{self._op}'",
@@ -128,14 +128,16 @@ def flat(
     def run(inputs: Sequence[object]) -> tuple[object, ...]:
         args, kwargs = spec.arguments(values(spec, layout, graphs, inputs, options))
         leaves = trees.leaves((body or spec.body)(*args, **kwargs))
-        if len(leaves) != layout.leaves:
+        given = tuple(leaves[i] for i in layout.outputs) if len(leaves) == layout.leaves else None
+        if given is None or any(value is None for value in given):
+            told = f"a result of {len(leaves)} leaves" if given is None else "None"
             raise RuleError(
                 f"op '{spec.name}'",
-                f"gave a result of {len(leaves)} leaves where it was recorded with {layout.leaves}",
+                f"gave {told} where it was recorded with {layout.leaves if given is None else 'a tensor'}",
                 why="a node has a fixed number of outputs",
-                todo="Let every rule, and every branch of the body, give a result of the same structure",
+                todo="Let every rule, `outputs=` and every branch of the body give a result of the same structure",
             )
-        return tuple(leaves[i] for i in layout.outputs) or NOTHING
+        return given or NOTHING
 
     def part(inputs: Sequence[object]) -> tuple[object, ...]:
         return tuple(cast("Sequence[object]", graphs[0](*inputs)))

@@ -55,10 +55,10 @@ def test_the_module_is_the_command() -> None:
 
 @pytest.mark.parametrize("argv", [[], ["frobnicate"], ["check"], ["explain", "demo_once", "--mode", "fake"]])
 def test_a_command_that_makes_no_sense_ends_with_2(argv: list[str], capsys: Capture) -> None:
-    with pytest.raises(SystemExit) as ended:
-        main(argv)
-    assert ended.value.code == 2
+    assert main(argv) == 2
     assert capsys.readouterr().err.startswith("usage: hopkit")
+    assert main([*argv, "--json"]) == 2
+    assert "error" in json.loads(capsys.readouterr().out)
 
 
 # plugins, ops, explain

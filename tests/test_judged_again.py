@@ -210,3 +210,60 @@ def test_stand_ins_of_inference_tensors() -> None:
     with torch.inference_mode():
         graph = make_fx(lambda x: once(lambda y: y * 1, x), tracing_mode="fake")(torch.ones(4))
         same(graph(X[0]), X[0])
+
+
+# -- the same tensor twice -------------------------------------------------------------------------------------------
+
+
+def test_a_subgraph_is_given_the_same_tensor_twice() -> None:
+    @hopkit.define("t_pairs")
+    def pairs(body: Subgraph, x: Tensor) -> Tensor:
+        return body(x, x) + body(x + 1, x)
+
+    def asks(a: Tensor, b: Tensor) -> Tensor:
+        return a * 7 if a is b else a * b
+
+    def run(x: Tensor) -> Tensor:
+        return pairs(asks, x)
+
+    want = X * 7 + (X + 1) * X
+    graph = make_fx(run)(X)
+    assert len(list(graph.children())) == 2
+    same(graph(X), want)
+    for function in (run, graph):
+        same(torch.compile(function, backend="aot_eager", fullgraph=True)(X), want)
+
+
+# -- what is declared and given is a mistake -------------------------------------------------------------------------
+
+
+def test_outputs_that_give_nothing() -> None:
+    def body(fn: Subgraph, x: Tensor) -> Tensor:
+        return fn(x) if x.sum() > 0 else x
+
+    op = hopkit.define("t_forgot", inputs=lambda fn, x: ((x,),), outputs=lambda fn, x: None)(body)
+    with pytest.raises(SpecError, match=r"`outputs=` of op 't_forgot' gave None"):
+        make_fx(lambda x: op(torch.sin, x))(X)
+
+
+def test_outputs_that_give_nothing_where_the_body_is_recorded() -> None:
+    op = hopkit.define("t_forgot", outputs=lambda body, *xs: None)(define_once().spec.body)
+    with pytest.raises(RuleError, match="op 't_forgot' gave None where it was recorded with a tensor"):
+        make_fx(lambda x: op(torch.sin, x), tracing_mode="fake")(X)
+
+
+def test_outputs_of_an_op_that_gives_nothing() -> None:
+    @hopkit.define("t_told", effectful=True, inputs=lambda fn, x: ((x,),), outputs=lambda fn, x: None)
+    def tell(fn: Subgraph, x: Tensor) -> None:
+        fn(x)
+
+    graph = make_fx(lambda x: tell(torch.sin, x))(X)
+    assert nodes(graph, tell) == 1
+
+
+def test_a_default_that_can_be_changed() -> None:
+    with pytest.raises(SpecError, match=r"parameter 'rest' .*has the default \{\}, which can be changed"):
+
+        @hopkit.define("t_shared")
+        def body(fn: Subgraph, x: Tensor, rest: dict[str, Tensor] = {}) -> Tensor:  # noqa: B006 # what is tested
+            return fn(x)

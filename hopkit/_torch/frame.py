@@ -155,26 +155,32 @@ class Frame:
             return given.as_python_constant()
         return getattr(given, "value", self.callee)
 
-    def read(self, name: str, subgraph: Variable, args: object, kwargs: object) -> Read:
+    def read(self, name: str, subgraph: Variable, called: object, inputs: Sequence[object]) -> Read:
         """Let Dynamo read a subgraph on stand-ins of the arguments it is called with.
+
+        Args:
+            name: What it is called.
+            subgraph: The subgraph.
+            called: ``(args, kwargs)``.
+            inputs: The tensors and sizes in it, as the graph is to take them.
 
         Raises:
             Unsupported: Dynamo cannot read it in one piece.
         """
         tx = self._tx
-        leaves, tree = trees.flatten((args, kwargs))
+        leaves, tree = trees.flatten(called)
+        numbers = {id(x): number for number, x in enumerate(inputs)}
         with left(self._mode):
-            examples = [self._example(x) if isinstance(x, torch.Tensor) else x for x in leaves]
-            inputs = [x for x in examples if isinstance(x, _INPUTS)]
+            inputs = [self._example(x) if isinstance(x, torch.Tensor) else x for x in inputs]
             made = self._made(inputs)
             # A scratch graph gives what the op's body made a name; the subgraph's own inputs are made from that.
             with hops.discard_graph_changes(tx):
                 extra = [self._input(cast("torch.Tensor", inputs[i]).shape[dim]) for i, dim in made]
-                variables = [self._input(x) if isinstance(x, _INPUTS) else self._constant(x) for x in examples]
-            taken = [v for v, x in zip(variables, examples, strict=True) if isinstance(x, _INPUTS)]
+                taken = list(map(self._input, inputs))
+                places = [numbers[id(x)] if isinstance(x, _INPUTS) else self._constant(x) for x in leaves]
             (_, spec), graph, lifted = hops.speculate_subgraph(
                 tx,
-                _Call(subgraph, tree, examples, variables, len(extra)),
+                _Call(subgraph, tree, places, len(extra)),
                 [*extra, *taken],
                 {},
                 name,
@@ -360,11 +366,9 @@ def _attribute(value: object, name: str) -> object:
 class _Call(VariableTracker):
     """Calls a subgraph with the pytrees that its op's body called it with, made from the graph's flat inputs."""
 
-    def __init__(
-        self, subgraph: Variable, tree: trees.Tree, examples: Sequence[object], leaves: Sequence[Variable], skip: int
-    ) -> None:
+    def __init__(self, subgraph: Variable, tree: trees.Tree, leaves: Sequence[int | Variable], skip: int) -> None:
         super().__init__()
-        self._subgraph, self._tree, self._examples, self._leaves, self._skip = subgraph, tree, examples, leaves, skip
+        self._subgraph, self._tree, self._leaves, self._skip = subgraph, tree, leaves, skip
 
     def call_function(
         self,
@@ -373,10 +377,8 @@ class _Call(VariableTracker):
         kwargs: Mapping[str, Variable],  # noqa: ARG002 # as Dynamo calls any callable
     ) -> Variable:
         """The subgraph's result."""
-        inputs = iter(args[self._skip :])
-        leaves = [
-            next(inputs) if isinstance(x, _INPUTS) else v for x, v in zip(self._examples, self._leaves, strict=True)
-        ]
+        inputs = args[self._skip :]
+        leaves = [inputs[leaf] if isinstance(leaf, int) else leaf for leaf in self._leaves]
         tree = SourcelessBuilder.create(tx, self._tree)
         pair = _make_inlined(tx, pytree.tree_unflatten)(SourcelessBuilder.create(tx, leaves), tree)
         arguments, keywords = unpack_iterable(tx, pair)

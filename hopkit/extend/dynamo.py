@@ -17,7 +17,7 @@ from hopkit._torch.autograd import needs_gradient
 from hopkit.call import Call
 from hopkit.codec import Slot
 from hopkit.errors import CaptureError, HopkitError
-from hopkit.layout import Meta, Slots
+from hopkit.layout import Meta, arguments
 from hopkit.probe import Graph, Unrecordable
 from hopkit.record import Recorder, Recording
 from hopkit.spec import Kind, OpSpec, Parameter
@@ -141,18 +141,18 @@ class _Subgraph:
         self._taken: dict[tuple[object, ...], tuple[object, Sequence[object]]] = {}
 
     def __call__(self, /, *args: object, **kwargs: object) -> object:
-        slots = Slots(unique=False)
+        slots = arguments()
         slots.split((args, kwargs))
         return self.read(args, kwargs)(slots.inputs)
 
     def read(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> Read:
         """What Dynamo reads on these arguments."""
-        slots = Slots(unique=False)
+        slots = arguments()
         takes = slots.split((args, kwargs))
         key = (_signature(takes, slots.inputs), *map(_closely, slots.inputs), torch.is_grad_enabled())
         if key not in self._read:
             try:
-                self._read[key] = self._frame.read(self._name, self._variable, args, kwargs)
+                self._read[key] = self._frame.read(self._name, self._variable, (args, kwargs), slots.inputs)
                 self._taken[key] = takes, slots.inputs
             except Exception as error:
                 self._told.failed = self._told.failed or (self._name, error)

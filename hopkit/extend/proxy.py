@@ -24,7 +24,7 @@ class ProxyRule(Protocol):
 
 def trace(tracer: Tracer, name: str, graph: GraphLike, examples: Sequence[object]) -> GraphModule:
     """``graph`` as a submodule of the graph being recorded; what was traced before in the same way is shared."""
-    slots = Slots(unique=False)
+    slots = Slots(unique=())
     asking = [getattr(value, "requires_grad", False) for value in slots.inputs]  # torch's own code asks, as for LSTM
     key = (key_of(graph), repr(slots.split(tuple(examples))), *map(Meta.of, slots.inputs), *asking)
     return tracer.trace(name, graph, examples, key, gradients=with_gradients(graph))
