@@ -260,6 +260,22 @@ def test_a_profiler_sees_the_op_by_name() -> None:
     assert names.count("aten::sin") == 2
 
 
+def test_a_profiler_that_was_started_below_pythons_classes() -> None:
+    twice = define_twice()
+    # torch has no public way to start one.
+    started, options = importlib.import_module("torch.autograd"), importlib.import_module("torch._C._profiler")
+    config = started.ProfilerConfig(started.ProfilerState.KINETO, *[False] * 5, options._ExperimentalConfig())
+    wanted = {started.ProfilerActivity.CPU}
+    started._prepare_profiler(config, wanted)
+    started._enable_profiler(config, wanted)
+    try:
+        twice(torch.sin, X)
+    finally:
+        found = started._disable_profiler()
+    names = [event.name() for event in found.events()]
+    assert (names.count("t_twice"), names.count("aten::sin")) == (1, 2)
+
+
 def test_a_flop_counter_sees_the_inside() -> None:
     for run in both(define_twice(), lambda y: y @ W):
         with FlopCounterMode(display=False) as counter:

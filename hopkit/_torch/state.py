@@ -26,7 +26,7 @@ from hopkit._torch import trees
 _stack_len = torch._C._len_torch_dispatch_stack
 _included = torch._C._dispatch_tls_is_dispatch_key_included
 _PRE_DISPATCH = DispatchKey.PreDispatch
-_profiler = torch.autograd.profiler
+_profiler_enabled = torch._C._autograd._profiler_enabled
 
 
 def quiet() -> bool:
@@ -35,12 +35,12 @@ def quiet() -> bool:
     Transforms, forward AD, autocast, inference mode and torch-function modes see what the body does, as they would see
     any code; they need no word from the op.
     """
-    return not (_stack_len() or _profiler._is_profiler_enabled or _included(_PRE_DISPATCH))
+    return not (_stack_len() or _profiler_enabled() or _included(_PRE_DISPATCH))
 
 
 def profiling() -> bool:
     """Whether a profiler is active."""
-    return bool(_profiler._is_profiler_enabled)
+    return _profiler_enabled()
 
 
 def recording() -> bool:
