@@ -188,14 +188,14 @@ class _Reader:
         if isinstance(verdict, _Refusal):
             raise self._error(f"is annotated '{text}', which is no subgraph, no operand and no option", *verdict)
         parameter = Parameter(p.name, verdict.kind, text, p.kind, p.default, verdict.graph_only, verdict.accepts)
+        if p.default is not p.empty and (bad := misfit(parameter, plain(p.default))):
+            raise self._error(f"has a default that does not fit: {bad.found}", bad.why, bad.todo)
         if isinstance(plain(p.default), _MUTABLE):
             raise self._error(
                 f"has the default {p.default!r}, which can be changed",
                 "all calls share it, and would see what one of them puts in",
                 f"Write a tuple, or `{p.name}: {text} | None = None` and make it in the body",
             )
-        if p.default is not p.empty and (bad := misfit(parameter, plain(p.default))):
-            raise self._error(f"has a default that does not fit: {bad.found}", bad.why, bad.todo)
         return parameter
 
     def _variadic(self, annotation: object) -> _Verdict:
