@@ -14,7 +14,9 @@ import torch
 import hopkit
 from hopkit.extend import Call, Decline, OpSpec, hookimpl
 from hopkit.extend.functionalize import Functionalizer
+from hopkit.extend.inductor import inline, lowered, packaging, untouched
 from hopkit.extend.proxy import Tracer, node
+from hopkit_constgraph.kept import KEPT, kept, remember
 from hopkit_constgraph.samples import constant_part, samples
 
 
@@ -36,6 +38,25 @@ def run_const_graph(graph: torch.fx.GraphModule, args: tuple[object, ...]) -> ob
 def run_const_graph_derive(graph: torch.fx.GraphModule, args: tuple[object, ...]) -> object:
     """As `run_const_graph`, with the gradients of ``args`` and of the graph's own parameters."""
     return graph(*args)
+
+
+@hopkit.define("constgraph_run_once", pure=False, samples=samples)
+def run_const_graph_once(graph: torch.fx.GraphModule, args: tuple[object, ...]) -> object:
+    """As `run_const_graph_derive`, and what it gives is kept until one of ``args`` changes (hopkit_constgraph/kept.py).
+
+    Do not write to what it gives: whoever has it from another call would see that. It is declared not to be pure, so
+    that a graph that trains, in which weights change at every step, has what it computes and no node.
+    """
+    return kept(graph, args)
+
+
+@run_const_graph_once.rule("inductor")
+def lower(call: Call) -> object:
+    """A call back, since Inductor's own code would compute it at every run. Packaged code has no Python to call."""
+    if packaging() or call.transformed:
+        return inline(call)
+    results = cast("list[object]", lowered(KEPT, remember(call), list(call.inputs)))
+    return tuple(map(untouched, results))
 
 
 @run_const_graph.rule("proxy")
@@ -69,11 +90,11 @@ def as_given(call: Call) -> torch.fx.GraphModule:
 
 @hookimpl
 def hopkit_add_ops() -> Iterable[hopkit.Op[..., object]]:
-    """Both ops."""
-    return run_const_graph, run_const_graph_derive
+    """All ops."""
+    return run_const_graph, run_const_graph_derive, run_const_graph_once
 
 
 @hookimpl
 def hopkit_samples_from_program(op: OpSpec, program: torch.export.ExportedProgram) -> Iterable[hopkit.Sample] | None:
     """What the program computes from its weights alone."""
-    return [constant_part(program)] if op in (run_const_graph.spec, run_const_graph_derive.spec) else None
+    return [constant_part(program)] if op in [ours.spec for ours in hopkit_add_ops()] else None

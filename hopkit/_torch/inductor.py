@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Sequence
-from typing import cast
+from typing import Protocol, cast
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -64,6 +64,18 @@ def inlined(run: Callable[[Sequence[object]], object], name: str, inputs: Sequen
     with V.fake_mode:
         graph = make_fx(lambda *flat: tuple(trees.leaves(run(flat))), decomposition_table=select_decomp_table())(*fakes)
     return tuple(inline_subgraph_to_ir_nodes(graph, list(inputs), name))
+
+
+def untouched(value: object) -> object:
+    """A value of Inductor's, in whose memory it is to put nothing else when it needs it no more."""
+    from torch._inductor.virtualized import V
+
+    V.graph.never_reuse_buffers.add(cast("_Named", value).get_name())
+    return value
+
+
+class _Named(Protocol):
+    def get_name(self) -> str: ...
 
 
 def written(run: Callable[..., object], *args: object) -> tuple[object, str]:

@@ -43,6 +43,12 @@ def profiling() -> bool:
     return _profiler_enabled()
 
 
+def alone() -> bool:
+    """Whether no dispatch mode, tracer or transform is active: a plain tensor is then nothing else to anybody."""
+    active = _stack_len() or _included(_PRE_DISPATCH) or torch._C._functorch.peek_interpreter_stack() is not None
+    return not (active or forward_mode() or torch.jit.is_tracing())
+
+
 def recording() -> bool:
     """Whether something records a graph in which the op can be one node."""
     return get_proxy_mode() is not None

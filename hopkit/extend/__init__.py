@@ -15,6 +15,7 @@ from hopkit.hookspecs import hookimpl
 from hopkit.modes import Mode
 from hopkit.rule import Decline, Rule
 from hopkit.spec import Kind, OpSpec, Parameter, Sample, Subgraph
+from hopkit.table import table
 
 __all__ = [
     "AutogradError",
@@ -37,4 +38,5 @@ __all__ = [
     "SignatureError",
     "Subgraph",
     "hookimpl",
+    "table",
 ]

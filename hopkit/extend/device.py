@@ -6,6 +6,10 @@ from typing import Protocol, TypeVar
 
 from typing_extensions import ParamSpec
 
+from hopkit._torch.state import alone
+
+__all__ = ["DeviceRule", "alone"]
+
 P = ParamSpec("P")
 R = TypeVar("R", covariant=True)
 

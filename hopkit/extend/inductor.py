@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from hopkit._torch.inductor import inlined, lowered
+from hopkit._torch.inductor import inlined, lowered, packaging, untouched
 from hopkit.call import Call
 
-__all__ = ["InductorRule", "inline", "lowered"]
+__all__ = ["InductorRule", "inline", "lowered", "packaging", "untouched"]
 
 
 class InductorRule(Protocol):

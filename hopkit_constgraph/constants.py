@@ -1,0 +1,149 @@
+"""What of a graph depends on its weights alone, and what of that may be computed once."""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch.fx import Graph, Node
+
+OPERATOR = type(torch.ops.aten.add.Tensor)
+"""The type of torch's operators, which has no public name."""
+
+KNOWN = ("aten", "prims", "quantized", "quantized_decomposed")
+"""Namespaces of operators that give a value and do nothing else, where their schemas do not say otherwise."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Constants:
+    """The constant part of a graph.
+
+    Args:
+        sources: The nodes that stand for weights, and the weights.
+        computed: What is computed from them alone, and may be computed once.
+        left: What depends on them alone and has to stay, and why.
+    """
+
+    sources: Mapping[Node, torch.Tensor]
+    computed: frozenset[Node]
+    left: Mapping[Node, str]
+
+
+def find(graph: Graph, sources: Mapping[Node, torch.Tensor]) -> Constants:
+    """The constant part of ``graph``, in which what is computed twice is then computed once.
+
+    Args:
+        graph: Operators of torch, as torch.export writes them.
+        sources: The nodes that stand for weights, and the weights.
+    """
+    _unify(sources)
+    written = _written(graph)
+    weights = {node: tensor for node, tensor in sources.items() if node not in written}
+    left = {node: "the model writes to it" for node in sources if node in written}
+    computed: set[Node] = set()
+    known: dict[str, Node] = {}
+    for node in graph.nodes:
+        if node.op != "call_function" or not all(n in weights or n in computed for n in node.all_input_nodes):
+            continue
+        reason = "it is written to" if node in written else _reason(node)
+        if reason and node.all_input_nodes:
+            left[node] = reason
+        if not reason:
+            same = known.setdefault(f"{node.target} {node.args} {node.kwargs}", node)
+            if same is node:
+                computed.add(node)
+            else:
+                node.replace_all_uses_with(same)
+    return Constants(weights, frozenset(computed), left)
+
+
+def ancestors(nodes: Iterable[Node]) -> list[Node]:
+    """These nodes and all that they are computed from, in the order of their graph."""
+    found: set[Node] = set()
+    pending = list(nodes)
+    while pending:
+        node = pending.pop()
+        if node not in found:
+            found.add(node)
+            pending.extend(node.all_input_nodes)
+    return sorted(found)
+
+
+def shares(node: Node) -> bool:
+    """Whether what the node gives may lie in the memory of what it takes: a view."""
+    if node.target is operator.getitem:
+        return False
+    returns = node.target._schema.returns if isinstance(node.target, OPERATOR) else ()
+    return any(value.alias_info is not None for value in returns)
+
+
+def _unify(sources: Mapping[Node, torch.Tensor]) -> None:
+    """Let tied weights be one node."""
+    first: dict[int, Node] = {}
+    for node, tensor in sources.items():
+        known = first.setdefault(id(tensor), node)
+        if known is not node:
+            node.replace_all_uses_with(known)
+
+
+def _reason(node: Node) -> str:
+    """Why what the node computes may not be computed once, or ""."""
+    target = node.target
+    if target is operator.getitem:
+        return ""
+    if not isinstance(target, OPERATOR):
+        return "it is no operator of torch's"
+    if torch.Tag.nondeterministic_seeded in target.tags:
+        return "it draws random numbers"
+    if target._schema.is_mutable:
+        return "it writes to what it takes"
+    if target.namespace not in KNOWN:
+        return f"what else an operator of '{target.namespace}' does is not known"
+    if "empty" in target.name():
+        return "its memory holds whatever was there"
+    arguments = {argument.name: value for argument, value in zip(target._schema.arguments, node.args, strict=False)}
+    if any({**arguments, **node.kwargs}.get(name) is True for name in ("training", "train", "use_input_stats")):
+        return "it is in training mode"
+    if not all(isinstance(n, int) for value in values(node) for n in value.shape):
+        return "its size is known only when it has run"
+    return ""
+
+
+def values(node: Node) -> list[torch.Tensor]:
+    """Stand-ins of the tensors that a node gives."""
+    given = node.meta.get("val")
+    return [
+        value for value in (given if isinstance(given, (list, tuple)) else [given]) if isinstance(value, torch.Tensor)
+    ]
+
+
+def _written(graph: Graph) -> set[Node]:
+    """Every node whose memory something in the graph writes to."""
+    written: set[Node] = set()
+    owners: dict[Node, Node] = {}  # of a view: what it is a view of
+
+    def owner(node: Node) -> Node:
+        while node in owners:
+            node = owners[node]
+        return node
+
+    for node in graph.nodes:
+        if node.op != "call_function":
+            continue
+        if node.target is operator.getitem or shares(node):
+            for taken in node.all_input_nodes[:1]:
+                owners[node] = taken
+        if isinstance(node.target, OPERATOR):
+            for argument, value in zip(node.target._schema.arguments, node.args, strict=False):
+                if argument.alias_info is not None and argument.alias_info.is_write:
+                    written.update(owner(n) for n in _nodes(value))
+            for argument in node.target._schema.arguments:
+                if argument.alias_info is not None and argument.alias_info.is_write and argument.name in node.kwargs:
+                    written.update(owner(n) for n in _nodes(node.kwargs[argument.name]))
+    return {node for node in graph.nodes if owner(node) in written}
+
+
+def _nodes(value: object) -> list[Node]:
+    return [n for n in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(n, Node)]

@@ -1,0 +1,206 @@
+"""``fold``: what a model computes from its weights alone becomes one node, which runs once."""
+
+from __future__ import annotations
+
+import copy
+import operator
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import TypeVar, cast
+
+import torch
+from torch.export.graph_signature import InputKind
+from torch.fx import Graph, GraphModule, Node
+
+import hopkit
+from hopkit_constgraph import constants
+from hopkit_constgraph.choose import choose, size
+from hopkit_constgraph.op import run_const_graph_once
+from hopkit_constgraph.policy import Policy
+from hopkit_constgraph.report import Constant, FoldReport, Left
+
+ExportedProgram = torch.export.ExportedProgram
+M = TypeVar("M", torch.nn.Module, ExportedProgram)
+
+NAME = "_const_graph"
+"""What a graph calls the graph of its constants."""
+
+_reports: weakref.WeakKeyDictionary[torch.nn.Module, FoldReport] = weakref.WeakKeyDictionary()
+
+
+def fold(
+    model: M,
+    example_inputs: tuple[object, ...] | None = None,
+    *,
+    policy: Policy | None = None,
+    kwargs: Mapping[str, object] | None = None,
+    dynamic_shapes: dict[str, object] | tuple[object, ...] | list[object] | None = None,
+) -> M:
+    """Move all that depends on parameters, buffers and constants alone into a graph that runs once.
+
+    Args:
+        model: A module, a graph with metadata (``node.meta["val"]``), or an exported program. It stays as it is.
+        example_inputs: Positional arguments to trace a module with; a graph and a program need none.
+        policy: What is folded. None: `Policy()`.
+        kwargs: Keyword arguments to trace a module with.
+        dynamic_shapes: Which sizes of the inputs may vary, as for ``torch.export.export``.
+
+    Returns:
+        The same kind: for a module, a graph that shares its weights under their names. What was done is in
+        ``report_of(result)``. If nothing is folded, this is ``model``.
+
+    Raises:
+        HopkitError: A module without example inputs, a graph without metadata, or no model at all.
+    """
+    policy = policy or Policy()
+    if isinstance(model, ExportedProgram):
+        program: object = _fold_program(model, policy)
+        return cast("M", program)
+    if isinstance(model, GraphModule) and example_inputs is None:
+        return cast("M", _fold_graph(model, policy))
+    if not isinstance(model, torch.nn.Module):
+        raise hopkit.HopkitError(
+            "fold()",
+            f"expected a torch.nn.Module or a torch.export.ExportedProgram, got a {type(model).__qualname__}",
+            why="what a model computes is read from its graph",
+            todo="Pass the module and example inputs, or export it: `torch.export.export(module, inputs)`",
+        )
+    if example_inputs is None:
+        raise hopkit.HopkitError(
+            f"fold() of a {type(model).__qualname__}",
+            "was given no example inputs",
+            why="a module has no graph until it is traced",
+            todo="Pass them: `fold(model, (x,))`",
+        )
+    traced = torch.export.export(model, example_inputs, dict(kwargs or {}), dynamic_shapes=dynamic_shapes)
+    folded = _fold_program(traced, policy)
+    if folded is traced:
+        _reports[model] = report_of(traced)
+        return model
+    module = folded.module()
+    _reports[module] = report_of(folded)
+    return cast("M", module)
+
+
+def report_of(folded: torch.nn.Module | ExportedProgram) -> FoldReport:
+    """What `fold` did to make this.
+
+    Raises:
+        HopkitError: It comes from somewhere else.
+    """
+    module = folded.graph_module if isinstance(folded, ExportedProgram) else folded
+    report = _reports.get(module)
+    if report is None:
+        raise hopkit.HopkitError(
+            "report_of()",
+            f"was given a {type(folded).__qualname__} that `fold` did not make",
+            why="a report is of one fold",
+            todo="Pass what `fold` returned; a copy, or what was loaded, has no report",
+        )
+    return report
+
+
+def _fold_program(program: ExportedProgram, policy: Policy) -> ExportedProgram:
+    kinds = {InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR}
+    signature = program.graph_signature
+    updated = set(signature.buffers_to_mutate.values()) | set(signature.parameters_to_mutate.values())
+    tensors = {**program.state_dict, **program.constants}
+    targets = {s.arg.name: str(s.target) for s in signature.input_specs if s.kind in kinds and s.target not in updated}
+    module = _copied(program.graph_module)
+    names = {n: targets[n.name] for n in module.graph.find_nodes(op="placeholder") if n.name in targets}
+    report = _move(module, {n: tensors[name] for n, name in names.items()}, names, policy)
+    if not report.constants:
+        _reports[program.graph_module] = report
+        return program
+    folded = ExportedProgram(
+        module,
+        module.graph,
+        copy.deepcopy(signature),
+        program.state_dict,
+        program.range_constraints,
+        program.module_call_graph,
+        program.example_inputs,
+        program.constants,
+        verifiers=program.verifiers,
+    )
+    _reports[folded.graph_module] = report
+    return folded
+
+
+def _fold_graph(model: GraphModule, policy: Policy) -> GraphModule:
+    module = _copied(model)
+    sources: dict[Node, torch.Tensor] = {}
+    for node in module.graph.find_nodes(op="get_attr"):
+        value = operator.attrgetter(node.target)(module)
+        if isinstance(value, torch.Tensor):
+            sources[node] = value
+            node.meta.setdefault("val", value)
+    report = _move(module, sources, {node: str(node.target) for node in sources}, policy)
+    _reports[module if report.constants else model] = report
+    return module if report.constants else model
+
+
+def _copied(module: GraphModule) -> GraphModule:
+    """A graph module with a graph of its own, and the same weights."""
+    copied = GraphModule(module, copy.deepcopy(module.graph))
+    copied.meta.update(module.meta)
+    return copied
+
+
+def _move(
+    module: GraphModule, sources: Mapping[Node, torch.Tensor], names: Mapping[Node, str], policy: Policy
+) -> FoldReport:
+    """Move the constant part of a graph into a graph of its own, in place."""
+    graph = module.graph
+    calls = [node for node in graph.nodes if node.op == "call_function"]
+    for node in calls:
+        if "val" not in node.meta:
+            raise hopkit.HopkitError(
+                f"node '{node.name}'",
+                "does not say what it gives",
+                why="how much memory a constant takes is read from there",
+                todo="Trace the model with example inputs, `fold(model, inputs)`, or record it with make_fx",
+            )
+    found = constants.find(graph, sources)
+    chosen, left = choose(found, policy)
+    told = tuple(Left(names.get(node, node.name), left[node]) for node in sorted(left))
+    if not chosen:
+        return FoldReport((), told, 0, 0)
+    report = tuple(_constant(node, found.sources, names) for node in chosen)
+    moved = constants.ancestors(chosen)
+    weights = [node for node in moved if node in found.sources]
+    computed = [node for node in moved if node not in found.sources]
+    with graph.inserting_before(calls[0]):
+        setattr(module, NAME, _graph_of(weights, computed, chosen))
+        taken = [node if node.op == "placeholder" else graph.node_copy(node) for node in weights]
+        results = graph.call_function(run_const_graph_once.operator, (graph.get_attr(NAME), tuple(taken)))
+        results.meta["val"] = tuple(node.meta["val"] for node in chosen)
+        for number, node in enumerate(chosen):
+            item = graph.call_function(operator.getitem, (results, number))
+            item.meta = dict(node.meta)
+            node.replace_all_uses_with(item)
+    for node in reversed(moved):
+        if node.op != "placeholder" and not node.users:
+            graph.erase_node(node)
+    graph.lint()
+    module.recompile()
+    return FoldReport(report, told, len(computed), sum(map(size, weights)))
+
+
+def _graph_of(weights: Sequence[Node], computed: Sequence[Node], chosen: Sequence[Node]) -> GraphModule:
+    graph, copies = Graph(), {}
+    for node in weights:
+        copies[node] = graph.placeholder(node.name)
+        copies[node].meta["val"] = node.meta["val"]
+    for node in computed:
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+    graph.output(tuple(copies[node] for node in chosen))
+    return GraphModule({}, graph)
+
+
+def _constant(node: Node, sources: Mapping[Node, torch.Tensor], names: Mapping[Node, str]) -> Constant:
+    nodes = constants.ancestors([node])
+    weights = [n for n in nodes if n in sources]
+    return Constant(
+        node.name, tuple(names[n] for n in weights), len(nodes) - len(weights), sum(map(size, weights)), size(node)
+    )

@@ -1,0 +1,246 @@
+"""What constant graphs gave, kept until a weight changes.
+
+A result is good while every argument is the same tensor, at the same place, of the same version, and while nobody has
+written to the result. torch counts a version up at every write, but for two: those through ``tensor.data``, and those
+under inference mode to tensors that were made there. `refresh` is for the former; the latter are never kept.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, cast
+
+import torch
+from torch.fx import GraphModule
+
+from hopkit.extend import Call
+from hopkit.extend.device import alone
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
+
+Graph = Callable[..., Sequence[torch.Tensor]]
+
+_version = operator.attrgetter("_version")
+
+
+@dataclasses.dataclass(frozen=True)
+class Stats:
+    """What the constant graphs of a model have done.
+
+    Args:
+        hits: Calls that found their results.
+        misses: Calls that computed them.
+        bytes: What is kept.
+        seconds: How long computing took, in all.
+    """
+
+    hits: int
+    misses: int
+    bytes: int
+    seconds: float
+
+
+def kept(graph: Callable[..., object], args: tuple[object, ...]) -> object:
+    """``graph(*args)``, from an earlier call where nothing has changed since."""
+    if not alone() or not isinstance(graph, GraphModule):
+        return graph(*args)
+    memory = _memories.get(graph)
+    if memory is None:
+        memory = _memories.setdefault(graph, Memory())
+    return memory.results(graph, args)
+
+
+class Memory:
+    """The results of one graph, by the state of the thread that they were computed in."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self.entries: dict[object, Entry] = {}
+        self.hits = self.misses = 0
+        self.seconds = 0.0
+
+    def results(self, graph: Graph, args: tuple[object, ...]) -> Sequence[torch.Tensor]:
+        """``graph(*args)``."""
+        state = _state(args)
+        entry = self.entries.get(state)
+        if entry is None or not entry.holds(args):
+            with self._lock:  # whoever waited here may find it done
+                entry = self.entries.get(state)
+                if entry is None or not entry.holds(args):
+                    return self._compute(graph, state, args)
+        self.hits += 1
+        return entry.given(graph)
+
+    def _compute(self, graph: Graph, state: object, args: tuple[object, ...]) -> Sequence[torch.Tensor]:
+        if not all(type(arg) in _PLAIN and _tells(cast("torch.Tensor", arg)) for arg in args):
+            return graph(*args)
+        self.misses += 1
+        start = time.perf_counter()
+        self.entries.pop(state, None)
+        entry = Entry(graph, cast("tuple[torch.Tensor, ...]", args))
+        self.seconds += time.perf_counter() - start
+        self.entries[state] = entry
+        return entry.given(graph)
+
+
+class Entry:
+    """Results, and all that has to be as it was for them to be good. It does not hold the graph, which holds it."""
+
+    def __init__(self, graph: Graph, args: tuple[torch.Tensor, ...]) -> None:
+        self._args = args
+        self._seen = _seen(args)
+        self._wanted = [torch.is_grad_enabled() and arg.requires_grad for arg in args]
+        self._leaves = [arg.detach().requires_grad_(want) for arg, want in zip(args, self._wanted, strict=True)]
+        # Results that were made under inference mode would tell nobody that they are written to.
+        with torch.inference_mode(False), torch.set_grad_enabled(any(self._wanted)):
+            self._outputs = tuple(graph(*self._leaves))
+        self.results = tuple(output.detach() for output in self._outputs)
+        self._versions = [*map(_version, self.results)]
+
+    def holds(self, args: tuple[object, ...]) -> bool:
+        """Whether the results are those for ``args``, today."""
+        return (
+            len(args) == len(self._args)
+            and all(map(operator.is_, args, self._args))
+            and _seen(self._args) == self._seen
+            and [*map(_version, self.results)] == self._versions
+            and (not torch.is_grad_enabled() or [arg.requires_grad for arg in self._args] == self._wanted)
+        )
+
+    def given(self, graph: Graph) -> Sequence[torch.Tensor]:
+        """The results; where gradients are wanted, with the way to the weights."""
+        if not any(self._wanted):
+            return self.results
+        results = _Kept.apply(self, graph, *self._args)  # type: ignore[no-untyped-call] # torch's own
+        return cast("Sequence[torch.Tensor]", results)
+
+    def gradients(
+        self, graph: Graph, args: Sequence[torch.Tensor], given: Sequence[torch.Tensor | None]
+    ) -> Iterator[torch.Tensor | None]:
+        """The gradients of the arguments, for those of the results."""
+        wanted = [number for number, want in enumerate(self._wanted) if want]
+        outputs, sources = self._outputs, self._leaves
+        if torch.is_grad_enabled():  # a second derivative goes on to the arguments themselves
+            sources = list(args)
+            outputs = tuple(graph(*args))
+        pairs = [(o, g) for o, g in zip(outputs, given, strict=True) if g is not None and o.requires_grad]
+        found = iter(
+            torch.autograd.grad(
+                [o for o, _ in pairs],
+                [sources[number] for number in wanted],
+                [g for _, g in pairs],
+                retain_graph=True,
+                create_graph=torch.is_grad_enabled(),
+                allow_unused=True,
+            )
+            if pairs
+            else [None] * len(wanted)
+        )
+        for want in self._wanted:
+            yield next(found) if want else None
+
+
+class _Kept(torch.autograd.Function):
+    """Results that were computed before, as if they were computed here."""
+
+    @staticmethod
+    def forward(ctx: Any, entry: Entry, graph: Graph, *args: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.entry, ctx.graph = entry, graph
+        ctx.save_for_backward(*args)
+        return tuple(result.detach() for result in entry.results)
+
+    @staticmethod
+    def backward(ctx: Any, *given: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        return (None, None, *ctx.entry.gradients(ctx.graph, ctx.saved_tensors, given))
+
+
+def _seen(args: Sequence[torch.Tensor]) -> list[int]:
+    """What changes when somebody writes to a tensor, or puts other memory into it."""
+    return [*map(_version, args), *map(torch.Tensor.data_ptr, args)]
+
+
+def _tells(tensor: torch.Tensor) -> bool:
+    return not tensor.is_inference() and tensor.layout is torch.strided
+
+
+def _state(args: Sequence[object]) -> object:
+    """What else a result depends on."""
+    casting = [(kind, torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
+    first = args[0] if args else None
+    stream = torch.cuda.current_stream(first.device) if isinstance(first, torch.Tensor) and first.is_cuda else None
+    return torch.is_grad_enabled(), *casting, stream
+
+
+_memories: weakref.WeakKeyDictionary[torch.nn.Module, Memory] = weakref.WeakKeyDictionary()
+
+
+def _of(model: torch.nn.Module) -> list[Memory]:
+    return [_memories[module] for module in model.modules() if module in _memories]
+
+
+# -- compiled --------------------------------------------------------------------------------------------------------
+
+_called: dict[str, tuple[Graph, Memory]] = {}
+_library = torch.library.Library("hopkit_constgraph", "DEF")
+# A CUDA graph would replay what follows with the memory of the day, and call nothing.
+_library.define("kept(str name, Tensor[] args) -> Tensor[]", tags=(torch.Tag.cudagraph_unsafe,))
+
+
+def remember(call: Call) -> str:
+    """A name under which compiled code finds the graph of ``call``, and its results."""
+    (graph,) = call.graphs
+    own = call.replace(graphs=[getattr(graph, "graph_module", graph)])
+
+    def run(*args: object) -> Sequence[torch.Tensor]:
+        return cast("Sequence[torch.Tensor]", own.replace(inputs=args).run())
+
+    name = f"{call.op.name} {len(_called)}"
+    _called[name] = run, Memory()
+    return name
+
+
+def _run(name: str, args: list[torch.Tensor]) -> list[torch.Tensor]:
+    graph, memory = _called[name]
+    return list(memory.results(graph, tuple(args)))
+
+
+def _like(name: str, args: list[torch.Tensor]) -> list[torch.Tensor]:
+    graph, _ = _called[name]
+    return [torch.empty_like(value) for value in graph(*args)]
+
+
+_library.impl("kept", _run, "CompositeExplicitAutograd")
+torch.library.register_fake("hopkit_constgraph::kept", _like, lib=_library)
+
+KEPT = torch.ops.hopkit_constgraph.kept.default
+
+# -- for whoever has a folded model ----------------------------------------------------------------------------------
+
+
+def stats(model: torch.nn.Module) -> Stats:
+    """What the constant graphs in a folded model have done so far."""
+    found = _of(model)
+    results = [r for memory in found for entry in list(memory.entries.values()) for r in entry.results]
+    return Stats(
+        sum(memory.hits for memory in found),
+        sum(memory.misses for memory in found),
+        sum(result.numel() * result.element_size() for result in results),
+        sum(memory.seconds for memory in found),
+    )
+
+
+def refresh(model: torch.nn.Module) -> None:
+    """Let every constant graph in a model compute anew: after writes through ``weight.data``, which nobody can see."""
+    for memory in _of(model):
+        memory.entries.clear()
+
+
+def clear(model: torch.nn.Module) -> None:
+    """As `refresh`, and the figures of `stats` start again."""
+    for module in model.modules():
+        _memories.pop(module, None)
