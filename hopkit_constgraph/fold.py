@@ -15,6 +15,7 @@ from torch.fx import Graph, GraphModule, Node
 import hopkit
 from hopkit_constgraph import constants
 from hopkit_constgraph.choose import choose, size
+from hopkit_constgraph.norms import absorb
 from hopkit_constgraph.op import run_const_graph_once
 from hopkit_constgraph.policy import Policy
 from hopkit_constgraph.report import Constant, FoldReport, Left
@@ -134,7 +135,7 @@ def _fold_graph(model: GraphModule, policy: Policy) -> GraphModule:
         value = operator.attrgetter(node.target)(module)
         if isinstance(value, torch.Tensor):
             sources[node] = value
-            node.meta.setdefault("val", value)
+            node.meta.setdefault("val", value.detach().to("meta"))
     report = _move(module, sources, {node: str(node.target) for node in sources}, policy)
     _reports[module if report.constants else model] = report
     return module if report.constants else model
@@ -144,6 +145,9 @@ def _copied(module: GraphModule) -> GraphModule:
     """A graph module with a graph of its own, and the same weights."""
     copied = GraphModule(module, copy.deepcopy(module.graph))
     copied.meta.update(module.meta)
+    for old, new in zip(module.graph.nodes, copied.graph.nodes, strict=True):
+        new.name = old.name  # torch renames what is called as a builtin, such as an "input"
+    copied.recompile()
     return copied
 
 
@@ -152,15 +156,16 @@ def _move(
 ) -> FoldReport:
     """Move the constant part of a graph into a graph of its own, in place."""
     graph = module.graph
-    calls = [node for node in graph.nodes if node.op == "call_function"]
-    for node in calls:
-        if "val" not in node.meta:
+    for node in graph.nodes:
+        if node.op == "call_function" and "val" not in node.meta:
             raise hopkit.HopkitError(
                 f"node '{node.name}'",
                 "does not say what it gives",
                 why="how much memory a constant takes is read from there",
                 todo="Trace the model with example inputs, `fold(model, inputs)`, or record it with make_fx",
             )
+    if policy.norms:
+        absorb(graph, sources)
     found = constants.find(graph, sources)
     chosen, left = choose(found, policy)
     told = tuple(Left(names.get(node, node.name), left[node]) for node in sorted(left))
@@ -170,18 +175,22 @@ def _move(
     moved = constants.ancestors(chosen)
     weights = [node for node in moved if node in found.sources]
     computed = [node for node in moved if node not in found.sources]
-    with graph.inserting_before(calls[0]):
+    first = next(node for node in graph.nodes if node.op == "call_function")
+    with graph.inserting_before(first):
         setattr(module, NAME, _graph_of(weights, computed, chosen))
         taken = [node if node.op == "placeholder" else graph.node_copy(node) for node in weights]
         results = graph.call_function(run_const_graph_once.operator, (graph.get_attr(NAME), tuple(taken)))
         results.meta["val"] = tuple(node.meta["val"] for node in chosen)
+        items: dict[Node, Node] = {}
         for number, node in enumerate(chosen):
-            item = graph.call_function(operator.getitem, (results, number))
-            item.meta = dict(node.meta)
-            node.replace_all_uses_with(item)
+            items[node] = graph.call_function(operator.getitem, (results, number))
+            items[node].meta = dict(node.meta)
+            node.replace_all_uses_with(items[node])
     for node in reversed(moved):
         if node.op != "placeholder" and not node.users:
             graph.erase_node(node)
+    for node, item in items.items():
+        item.name = node.name  # a program knows its outputs by their names
     graph.lint()
     module.recompile()
     return FoldReport(report, told, len(computed), sum(map(size, weights)))

@@ -80,11 +80,12 @@ class Memory:
         if not all(type(arg) in _PLAIN and _tells(cast("torch.Tensor", arg)) for arg in args):
             return graph(*args)
         self.misses += 1
-        start = time.perf_counter()
         self.entries.pop(state, None)
+        start = time.perf_counter()
         entry = Entry(graph, cast("tuple[torch.Tensor, ...]", args))
         self.seconds += time.perf_counter() - start
-        self.entries[state] = entry
+        if entry.holds(args):  # nobody has written to a weight meanwhile
+            self.entries[state] = entry
         return entry.given(graph)
 
 
@@ -114,7 +115,7 @@ class Entry:
 
     def given(self, graph: Graph) -> Sequence[torch.Tensor]:
         """The results; where gradients are wanted, with the way to the weights."""
-        if not any(self._wanted):
+        if not (torch.is_grad_enabled() and any(self._wanted)):
             return self.results
         results = _Kept.apply(self, graph, *self._args)  # type: ignore[no-untyped-call] # torch's own
         return cast("Sequence[torch.Tensor]", results)
@@ -165,7 +166,9 @@ def _seen(args: Sequence[torch.Tensor]) -> list[int]:
 
 
 def _tells(tensor: torch.Tensor) -> bool:
-    return not tensor.is_inference() and tensor.layout is torch.strided
+    """Whether a tensor shows that it was written to. What processes share another one may have written to."""
+    shared = tensor.device.type == "cpu" and tensor.is_shared()
+    return not (tensor.is_inference() or shared) and tensor.layout is torch.strided
 
 
 def _state(args: Sequence[object]) -> object:
@@ -173,7 +176,7 @@ def _state(args: Sequence[object]) -> object:
     casting = [(kind, torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
     first = args[0] if args else None
     stream = torch.cuda.current_stream(first.device) if isinstance(first, torch.Tensor) and first.is_cuda else None
-    return torch.is_grad_enabled(), *casting, stream
+    return *casting, stream
 
 
 _memories: weakref.WeakKeyDictionary[torch.nn.Module, Memory] = weakref.WeakKeyDictionary()

@@ -19,12 +19,15 @@ class Policy:
             weights take four times theirs, and are left in place.
         small: Constants of up to this many bytes may grow as they like.
         most: All constants together may take this many bytes. None: as many as they take.
+        norms: Write batch norms in evaluation into the weights of the convolutions before them. Rounding differs a
+            little from that of the model.
         skip: Says of a node of the graph that it is to stay as it is.
     """
 
     growth: float = 2.0
     small: int = MIB
     most: int | None = None
+    norms: bool = True
     skip: Callable[[Node], bool] | None = None
 
     def __post_init__(self) -> None:
