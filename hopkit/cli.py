@@ -12,7 +12,7 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn, cast
 
@@ -25,6 +25,9 @@ from hopkit.new import new
 from hopkit.op import AnyOp
 from hopkit.spec import Sample
 from hopkit.table import table
+
+Command = Callable[[Sequence[str]], int]
+"""Of a plugin: takes the arguments that come after its name, and gives the exit status."""
 
 OK, WRONG, USAGE = 0, 1, 2
 
@@ -45,26 +48,46 @@ COLOURS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; gives the exit status."""
-    given = sys.argv[1:] if argv is None else argv
-    try:
-        chosen = _parser().parse_args(given)
-    except argparse.ArgumentError as error:
-        if "--json" in given:
-            _print_json({"error": str(error)})
-        return USAGE
+    given = list(sys.argv[1:] if argv is None else argv)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("ignore")
         warnings.simplefilter("always", HopkitWarning)
         try:
-            status = cast("int", chosen.command(chosen))
-        except (HopkitError, ValueError, OSError) as error:
-            print(f"hopkit: {error}", file=sys.stderr)
-            if chosen.json:
+            status = _run(given)
+        except (HopkitError, ValueError, OSError, argparse.ArgumentError) as error:
+            if not isinstance(error, argparse.ArgumentError):  # argparse has told
+                print(f"hopkit: {error}", file=sys.stderr)
+            if "--json" in given:
                 _print_json({"error": str(error)})
             status = USAGE
     for warning in caught:
         print(f"hopkit: warning: {warning.message}", file=sys.stderr)
     return status
+
+
+def _run(argv: list[str]) -> int:
+    brought = _brought()
+    if argv and argv[0] in brought:
+        return brought[argv[0]](argv[1:])
+    chosen = _parser(brought).parse_args(argv)
+    return cast("int", chosen.command(chosen))
+
+
+def _brought() -> dict[str, Command]:
+    """The commands that plugins bring, by name."""
+    host, found = kit.current(), dict[str, "Command"]()
+    host.load()
+    for impl in host.plugins.impls("hopkit_add_commands"):
+        given = impl.ask()
+        if not isinstance(given, Mapping) or not all(isinstance(n, str) and callable(c) for n, c in given.items()):
+            raise PluginError(
+                impl.who(),
+                f"gave {given!r}",
+                why="they are no commands",
+                todo="Give a mapping from names to functions that take the arguments and give the exit status",
+            )
+        found = {**given, **found}
+    return found
 
 
 class _Parser(argparse.ArgumentParser):
@@ -75,7 +98,7 @@ class _Parser(argparse.ArgumentParser):
         raise argparse.ArgumentError(None, message)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(brought: Mapping[str, Command]) -> argparse.ArgumentParser:
     parser = _Parser("hopkit", description="Higher-order operators for PyTorch, defined once.")
     output = _Parser(add_help=False)
     output.add_argument("--json", action="store_true", help="print JSON")
@@ -96,6 +119,8 @@ def _parser() -> argparse.ArgumentParser:
     checking.add_argument("--mode", action="append", metavar="M", help="only this mode; may be given again")
     making = add("new", make, "Write a plugin package that installs and passes its own tests.")
     making.add_argument("name", metavar="NAME", help="the name of the distribution, such as hopkit-mine")
+    for name, command in brought.items():
+        commands.add_parser(name, help=(command.__doc__ or "").partition("\n")[0], add_help=False)
     making.add_argument("--directory", type=Path, default=Path(), metavar="D", help="where to put it (default: here)")
     return parser
 

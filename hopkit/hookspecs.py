@@ -5,7 +5,7 @@ Hooks are asked when an op is defined and when a plugin comes or goes, never whe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, TypeVar, overload
 
 import pluggy
@@ -158,6 +158,17 @@ class Hooks:
     @hookspec
     def hopkit_op_defined(self, op: OpSpec) -> None:
         """``op`` was defined, and its rules are installed. A plugin that comes later hears of all that are there."""
+
+    @hookspec
+    def hopkit_add_commands(self) -> Mapping[str, Callable[[Sequence[str]], int]]:
+        """Commands that the plugin brings to ``hopkit`` on the command line.
+
+        Returns:
+            By name, functions that take the arguments after the name and give the exit status: 0, 1 where something is
+            wrong, 2 where the command makes no sense, as it is also for `HopkitError`, ``ValueError`` and ``OSError``.
+            The first line of a function's docstring is its help.
+        """
+        return {}
 
     @hookspec
     def hopkit_samples_from_program(self, op: OpSpec, program: ExportedProgram) -> Iterable[Sample] | None:

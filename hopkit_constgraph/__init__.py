@@ -2,6 +2,7 @@
 `fold`, which makes one of all that a model computes from its weights alone, and runs it once.
 """
 
+from hopkit_constgraph.cli import hopkit_add_commands
 from hopkit_constgraph.fold import fold, report_of
 from hopkit_constgraph.kept import Stats, clear, refresh, stats
 from hopkit_constgraph.op import (
@@ -22,6 +23,7 @@ __all__ = [
     "clear",
     "constant_part",
     "fold",
+    "hopkit_add_commands",
     "hopkit_add_ops",
     "hopkit_samples_from_program",
     "refresh",

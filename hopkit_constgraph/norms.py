@@ -6,7 +6,7 @@ left of the norm depends on weights alone. torch/nn/utils/fusion.py does the sam
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Callable, Container
 from typing import cast
 
 import torch
@@ -48,7 +48,7 @@ class _Writer:
     def __init__(self, graph: Graph) -> None:
         self._graph = graph
 
-    def __call__(self, target: torch._ops.OpOverload, *args: object) -> Node:
+    def __call__(self, target: Callable[..., object], *args: object) -> Node:
         node = self._graph.call_function(target, cast("tuple[Argument, ...]", args))
         node.meta["val"] = target(*(arg.meta["val"] if isinstance(arg, Node) else arg for arg in args))
         return node

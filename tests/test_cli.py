@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,44 @@ def test_a_command_that_makes_no_sense_ends_with_2(argv: list[str], capsys: Capt
     assert capsys.readouterr().err.startswith("usage: hopkit")
     assert main([*argv, "--json"]) == 2
     assert "error" in json.loads(capsys.readouterr().out)
+
+
+# Commands of plugins
+
+
+def greet(argv: Sequence[str]) -> int:
+    """Say hello."""
+    if not argv:
+        raise ValueError("nobody to greet")
+    sys.stdout.write(f"hello {argv[0]}\n")
+    return 0
+
+
+def test_a_plugin_brings_a_command(host: Kit, capsys: Capture) -> None:
+    class Greeting:
+        @hookimpl
+        def hopkit_add_commands(self) -> dict[str, Callable[[Sequence[str]], int]]:
+            return {"greet": greet}
+
+    host.register(Greeting(), "greeting")
+    assert main(["greet", "--you"]) == 0
+    assert capsys.readouterr().out == "hello --you\n"
+    assert main(["greet"]) == 2
+    assert capsys.readouterr().err == "hopkit: nobody to greet\n"
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "Say hello." in capsys.readouterr().out
+
+
+def test_a_plugin_brings_what_is_no_command(host: Kit, capsys: Capture) -> None:
+    class Wrong:
+        @hookimpl
+        def hopkit_add_commands(self) -> list[str]:
+            return ["greet"]
+
+    host.register(Wrong(), "wrong")
+    assert main(["ops"]) == 2
+    assert "plugin 'wrong', hook 'hopkit_add_commands' gave ['greet']" in capsys.readouterr().err
 
 
 # plugins, ops, explain

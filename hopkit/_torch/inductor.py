@@ -70,7 +70,8 @@ def untouched(value: object) -> object:
     """A value of Inductor's, in whose memory it is to put nothing else when it needs it no more."""
     from torch._inductor.virtualized import V
 
-    V.graph.never_reuse_buffers.add(cast("_Named", value).get_name())
+    lowering = V.graph
+    lowering.never_reuse_buffers.add(cast("_Named", value).get_name())
     return value
 
 
