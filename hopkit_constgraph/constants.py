@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping, Sequence
 
 import torch
-from torch.fx import Graph, Node
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
+from torch.fx import Graph, GraphModule, Node
 
 OPERATOR = type(torch.ops.aten.add.Tensor)
 """The type of torch's operators, which has no public name."""
@@ -31,17 +33,28 @@ class Constants:
     left: Mapping[Node, str]
 
 
-def find(graph: Graph, sources: Mapping[Node, torch.Tensor]) -> Constants:
+def weights_of(program: ExportedProgram, graph: Graph) -> tuple[dict[Node, str], set[Node]]:
+    """The placeholders of a program's graph, or of a copy, that stand for its tensors; and those that it changes."""
+    kinds = {InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR}
+    signature = program.graph_signature
+    targets = {spec.arg.name: str(spec.target) for spec in signature.input_specs if spec.kind in kinds}
+    updated = {*signature.buffers_to_mutate.values(), *signature.parameters_to_mutate.values()}
+    names = {n: targets[n.name] for n in graph.find_nodes(op="placeholder") if n.name in targets}
+    return names, {node for node, name in names.items() if name in updated}
+
+
+def find(graph: Graph, sources: Mapping[Node, torch.Tensor], changed: Container[Node] = ()) -> Constants:
     """The constant part of ``graph``, in which what is computed twice is then computed once.
 
     Args:
         graph: Operators of torch, as torch.export writes them.
         sources: The nodes that stand for weights, and the weights.
+        changed: Those of them that the model changes, though nothing in the graph says so.
     """
     _unify(sources)
     written = _written(graph)
-    weights = {node: tensor for node, tensor in sources.items() if node not in written}
-    left = {node: "the model writes to it" for node in sources if node in written}
+    weights = {n: tensor for n, tensor in sources.items() if n not in written and n not in changed}
+    left = {node: "the model writes to it" for node in sources if node not in weights}
     computed: set[Node] = set()
     known: dict[str, Node] = {}
     for node in graph.nodes:
@@ -57,6 +70,21 @@ def find(graph: Graph, sources: Mapping[Node, torch.Tensor]) -> Constants:
             else:
                 node.replace_all_uses_with(same)
     return Constants(weights, frozenset(computed), left)
+
+
+def graph_of(results: Sequence[Node], found: Constants) -> tuple[GraphModule, list[Node]]:
+    """A graph that computes ``results`` from weights; and which weights it takes."""
+    graph, copies = Graph(), dict[Node, Node]()
+    nodes = ancestors(results)
+    weights = [node for node in nodes if node in found.sources]
+    for node in weights:
+        copies[node] = graph.placeholder(node.name)
+        copies[node].meta["val"] = node.meta["val"]
+    for node in nodes:
+        if node not in copies:
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+    graph.output(tuple(copies[node] for node in results))
+    return GraphModule({}, graph), weights
 
 
 def ancestors(nodes: Iterable[Node]) -> list[Node]:

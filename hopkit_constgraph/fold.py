@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import operator
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping
 from typing import TypeVar, cast
 
 import torch
-from torch.export.graph_signature import InputKind
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import GraphModule, Node
 
 import hopkit
 from hopkit_constgraph import constants
@@ -102,21 +102,17 @@ def report_of(folded: torch.nn.Module | ExportedProgram) -> FoldReport:
 
 
 def _fold_program(program: ExportedProgram, policy: Policy) -> ExportedProgram:
-    kinds = {InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR}
-    signature = program.graph_signature
-    updated = set(signature.buffers_to_mutate.values()) | set(signature.parameters_to_mutate.values())
     tensors = {**program.state_dict, **program.constants}
-    targets = {s.arg.name: str(s.target) for s in signature.input_specs if s.kind in kinds and s.target not in updated}
     module = _copied(program.graph_module)
-    names = {n: targets[n.name] for n in module.graph.find_nodes(op="placeholder") if n.name in targets}
-    report = _move(module, {n: tensors[name] for n, name in names.items()}, names, policy)
+    names, changed = constants.weights_of(program, module.graph)
+    report = _move(module, {n: tensors[name] for n, name in names.items()}, names, policy, changed)
     if not report.constants:
         _reports[program.graph_module] = report
         return program
     folded = ExportedProgram(
         module,
         module.graph,
-        copy.deepcopy(signature),
+        copy.deepcopy(program.graph_signature),
         program.state_dict,
         program.range_constraints,
         program.module_call_graph,
@@ -152,7 +148,11 @@ def _copied(module: GraphModule) -> GraphModule:
 
 
 def _move(
-    module: GraphModule, sources: Mapping[Node, torch.Tensor], names: Mapping[Node, str], policy: Policy
+    module: GraphModule,
+    sources: Mapping[Node, torch.Tensor],
+    names: Mapping[Node, str],
+    policy: Policy,
+    changed: Container[Node] = (),
 ) -> FoldReport:
     """Move the constant part of a graph into a graph of its own, in place."""
     graph = module.graph
@@ -166,45 +166,35 @@ def _move(
             )
     if policy.norms:
         absorb(graph, sources)
-    found = constants.find(graph, sources)
+    found = constants.find(graph, sources, changed)
     chosen, left = choose(found, policy)
     told = tuple(Left(names.get(node, node.name), left[node]) for node in sorted(left))
     if not chosen:
         return FoldReport((), told, 0, 0)
     report = tuple(_constant(node, found.sources, names) for node in chosen)
-    moved = constants.ancestors(chosen)
-    weights = [node for node in moved if node in found.sources]
-    computed = [node for node in moved if node not in found.sources]
+    folded, weights = constants.graph_of(chosen, found)
+    moved = [node for node in constants.ancestors(chosen) if node not in found.sources]
+    untaken = itertools.chain([NAME], map((NAME + "_{}").format, itertools.count(1)))
+    name = next(free for free in untaken if not hasattr(module, free))
+    setattr(module, name, folded)
     first = next(node for node in graph.nodes if node.op == "call_function")
     with graph.inserting_before(first):
-        setattr(module, NAME, _graph_of(weights, computed, chosen))
         taken = [node if node.op == "placeholder" else graph.node_copy(node) for node in weights]
-        results = graph.call_function(run_const_graph_once.operator, (graph.get_attr(NAME), tuple(taken)))
+        results = graph.call_function(run_const_graph_once.operator, (graph.get_attr(name), tuple(taken)))
         results.meta["val"] = tuple(node.meta["val"] for node in chosen)
         items: dict[Node, Node] = {}
         for number, node in enumerate(chosen):
             items[node] = graph.call_function(operator.getitem, (results, number))
             items[node].meta = dict(node.meta)
             node.replace_all_uses_with(items[node])
-    for node in reversed(moved):
+    for node in reversed([*weights, *moved]):
         if node.op != "placeholder" and not node.users:
             graph.erase_node(node)
     for node, item in items.items():
         item.name = node.name  # a program knows its outputs by their names
     graph.lint()
     module.recompile()
-    return FoldReport(report, told, len(computed), sum(map(size, weights)))
-
-
-def _graph_of(weights: Sequence[Node], computed: Sequence[Node], chosen: Sequence[Node]) -> GraphModule:
-    graph, copies = Graph(), {}
-    for node in weights:
-        copies[node] = graph.placeholder(node.name)
-        copies[node].meta["val"] = node.meta["val"]
-    for node in computed:
-        copies[node] = graph.node_copy(node, copies.__getitem__)
-    graph.output(tuple(copies[node] for node in chosen))
-    return GraphModule({}, graph)
+    return FoldReport(report, told, len(moved), sum(map(size, weights)))
 
 
 def _constant(node: Node, sources: Mapping[Node, torch.Tensor], names: Mapping[Node, str]) -> Constant:

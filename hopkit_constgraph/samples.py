@@ -5,21 +5,17 @@ torch.export loads torch's compiler, so nothing here runs before somebody asks f
 
 from __future__ import annotations
 
-import operator
 import os
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 
 import torch
 from torch.export import ExportedProgram
-from torch.export.graph_signature import InputKind
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Node
 from torch.nn.utils.parametrizations import weight_norm
 
 import hopkit
-
-OPERATOR = type(torch.ops.aten.add.Tensor)
-"""The type of torch's operators, which has no public name."""
+from hopkit_constgraph import constants
 
 SPLIT = ("aten._weight_norm.default", "aten._weight_norm_interface.default")
 """Operators of torch, as a graph prints them, that are taken apart: they can be neither batched nor differentiated
@@ -121,12 +117,10 @@ def constant_part(program: ExportedProgram, name: str = "program") -> hopkit.Sam
         warnings.simplefilter("ignore", FutureWarning)  # torch's own: it copies a tree whose class it has deprecated
         # A table, though nearly empty, is what makes the program functional: a value is the same wherever it is used.
         program = program.run_decompositions(split)
-    weights = _weights(program)
-    constant = set(weights)
-    for node in program.graph.nodes:
-        if _is_pure(node) and constant.issuperset(node.all_input_nodes):
-            constant.add(node)
-    results = [n for n in program.graph.nodes if n in constant and n not in weights and _is_used(n, constant)]
+    names, changed = constants.weights_of(program, program.graph)
+    tensors = {**program.state_dict, **program.constants}
+    found = constants.find(program.graph, {node: tensors[name] for node, name in names.items()}, changed)
+    results = [n for n in program.graph.nodes if n in found.computed and _is_used(n, found.computed)]
     if not results:
         raise hopkit.HopkitError(
             f"exported program '{name}'",
@@ -134,53 +128,10 @@ def constant_part(program: ExportedProgram, name: str = "program") -> hopkit.Sam
             why="nothing in it is computed from parameters, buffers and constants alone",
             todo="Export a model that computes a weight from others: a weight norm, a LoRA merge, a folded norm",
         )
-    graph = Graph()
-    copies: dict[Node, Node] = {}
-    for node in _with_ancestors(results):
-        if node in weights:
-            copies[node] = graph.placeholder(node.name)
-        else:
-            copies[node] = graph.node_copy(node, copies.__getitem__)
-            copies[node].meta.clear()  # it holds stand-ins of the export's own
-    graph.output(tuple(copies[node] for node in results))
-    used = tuple(weights[node].detach() for node in copies if node in weights)
-    return hopkit.Sample((GraphModule({}, graph), used), name=name)
+    graph, weights = constants.graph_of(results, found)
+    return hopkit.Sample((graph, tuple(found.sources[node].detach() for node in weights)), name=name)
 
 
-def _weights(program: ExportedProgram) -> dict[Node, torch.Tensor]:
-    """The placeholders that stand for a tensor which no run of the program changes."""
-    kinds = {InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR}
-    updated = set(program.graph_signature.buffers_to_mutate.values())
-    targets = {
-        spec.arg.name: spec.target
-        for spec in program.graph_signature.input_specs
-        if spec.kind in kinds and spec.target not in updated
-    }
-    values = {**program.state_dict, **program.constants}
-    return {
-        node: values[targets[node.name]] for node in program.graph.find_nodes(op="placeholder") if node.name in targets
-    }
-
-
-def _is_pure(node: Node) -> bool:
-    """Whether the node gives the same for the same arguments, and does nothing else."""
-    if isinstance(node.target, OPERATOR):
-        return torch.Tag.nondeterministic_seeded not in node.target.tags and "empty" not in node.target.name()
-    return node.target is operator.getitem
-
-
-def _is_used(node: Node, constant: set[Node]) -> bool:
+def _is_used(node: Node, computed: Container[Node]) -> bool:
     """Whether this is a tensor that the rest of the program uses."""
-    return isinstance(node.meta.get("val"), torch.Tensor) and not constant.issuperset(node.users)
-
-
-def _with_ancestors(nodes: Iterable[Node]) -> list[Node]:
-    """These nodes and all that they are computed from, in the order of their graph."""
-    found: set[Node] = set()
-    pending = list(nodes)
-    while pending:
-        node = pending.pop()
-        if node not in found:
-            found.add(node)
-            pending.extend(node.all_input_nodes)
-    return sorted(found)
+    return isinstance(node.meta["val"], torch.Tensor) and not all(user in computed for user in node.users)

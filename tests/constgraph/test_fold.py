@@ -147,6 +147,21 @@ def test_what_is_no_constant_stays_and_is_named() -> None:
         same(folded(X), other(X))
 
 
+def test_what_a_functional_program_changes_stays() -> None:
+    program = torch.export.export(Stays(), (X,)).run_decompositions({})
+    report = report_of(fold(program))
+    assert ("count", "the model writes to it") in [(left.node, left.reason) for left in report.left]
+
+
+def test_a_folded_model_is_folded_again() -> None:
+    model = Merged()
+    once = fold(model, (X,), policy=Policy(skip=lambda node: "add" in node.name))
+    twice = fold(once)
+    assert twice is once  # the sum takes what is no operator of torch
+    again = fold(nn.Sequential(once, Merged()), (X,))
+    same(again(X), Merged()(model(X)))
+
+
 def test_a_norm_in_training_stays() -> None:
     class Normed(nn.Module):
         def __init__(self) -> None:
