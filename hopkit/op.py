@@ -348,9 +348,13 @@ class Op(Generic[P, R]):
     def _in_place(self, run: Callable[[], object], inputs: object) -> object:
         if self.spec.autograd == "error" and needs_gradient(trees.leaves(inputs)):
             raise no_gradient(self.spec.name)
-        with torch.profiler.record_function(self.spec.name) if state.profiling() else contextlib.nullcontext():
-            result = run()
+        result = self._logged(run)
         return result if self._derives else self._defer(result)
+
+    def _logged(self, run: Callable[[], object]) -> object:
+        """The op's name, in a profile or a log, around what it does."""
+        with torch.profiler.record_function(self.spec.name) if state.logged() else contextlib.nullcontext():
+            return run()
 
     def _defer(self, result: object) -> object:
         """For "deferred_error": what would have a gradient gets one that raises. Dynamo sees the body alone."""
@@ -420,7 +424,7 @@ class Op(Generic[P, R]):
         return text or "", text is not None and cacheable(self.spec)
 
     def _run_flat(self, /, *args: object, **kwargs: object) -> object:
-        return self.decode(*args, **kwargs).run()
+        return self._logged(self.decode(*args, **kwargs).run)
 
     def decode(self, /, *args: object, **kwargs: object) -> Call:
         """The call that a node with these arguments stands for."""
