@@ -15,7 +15,7 @@ import torch
 from typing_extensions import ParamSpec, TypeVar
 
 from hopkit import binding, install, layout, live
-from hopkit._torch import inductor, keys, state, trees
+from hopkit._torch import dynamo, inductor, keys, state, trees
 from hopkit._torch.autograd import needs_gradient, raise_in_backward
 from hopkit._torch.checkpoint import decided
 from hopkit._torch.fakes import bound, rehearsing
@@ -32,6 +32,8 @@ from hopkit.rule import Answer, Place, Table, ask
 from hopkit.spec import Kind, OpSpec
 
 if TYPE_CHECKING:
+    from types import FunctionType
+
     from hopkit._torch.frame import Frame
     from hopkit.extend.autograd import AutogradRule, Vjp
     from hopkit.extend.dynamo import DynamoRule
@@ -468,3 +470,6 @@ class Op(Generic[P, R]):
             ) from reason
         keywords = {layout.KEYWORD: recording.layout.dumps()}
         return self.decode(*recording.graphs, recording.inputs, **recording.options, **keywords)
+
+
+dynamo.skip(cast("FunctionType", Op._dispatch))  # a mode that Dynamo does not know makes it read single frames
