@@ -1,6 +1,6 @@
 """The menu: every question hopkit asks a plugin. A plugin is a module or object with some of these functions.
 
-Hooks are asked when an op is defined and when a plugin comes or goes, never when an op is called.
+Hooks are asked when an op is defined, when a plugin comes or goes, or by a command; never when an op is called.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
     from hopkit.op import AnyOp
+    from hopkit.testing import Column
 
 PROJECT = "hopkit"
 F = TypeVar("F", bound=Callable[..., object])
@@ -152,6 +153,15 @@ class Hooks:
 
         Returns:
             Ops that its module defines when it is imported; the hook makes them known as the plugin's own.
+        """
+        return ()
+
+    @hookspec
+    def hopkit_add_columns(self) -> Iterable[Column]:
+        """Columns that the plugin adds to the matrix. Each `hopkit.testing.check` asks for them, and runs them.
+
+        Returns:
+            The columns of a `hopkit.testing.Group`.
         """
         return ()
 

@@ -15,8 +15,9 @@ import torch
 from typing_extensions import ParamSpec, TypeVar
 
 from hopkit import binding, install, layout, live
-from hopkit._torch import inductor, keys, state, trees
+from hopkit._torch import dynamo, inductor, keys, state, trees
 from hopkit._torch.autograd import needs_gradient, raise_in_backward
+from hopkit._torch.checkpoint import decided
 from hopkit._torch.fakes import bound, rehearsing
 from hopkit._torch.operator import Operator
 from hopkit._torch.operator import Place as TorchPlace
@@ -31,6 +32,8 @@ from hopkit.rule import Answer, Place, Table, ask
 from hopkit.spec import Kind, OpSpec
 
 if TYPE_CHECKING:
+    from types import FunctionType
+
     from hopkit._torch.frame import Frame
     from hopkit.extend.autograd import AutogradRule, Vjp
     from hopkit.extend.dynamo import DynamoRule
@@ -225,11 +228,11 @@ class Op(Generic[P, R]):
             except Unrecordable as reason:
                 reason.report(self.spec)
         if rehearsing() or (unrehearsable and self.spec.outputs and self._declared(operands)):
-            return self._in_place(lambda: run_or_examples(self.spec, values), (args, kwargs))
+            return self._in_place(lambda: run_or_examples(self.spec, values), args, kwargs)
         arguments, keywords = self.spec.arguments(values)
         body = self._body_for(operands)
         try:
-            result = self._in_place(lambda: body(*arguments, **keywords), (args, kwargs))
+            result = self._in_place(lambda: body(*arguments, **keywords), args, kwargs)
         except AssertionError as error:
             if state.mixes_fakes(error):
                 self._refuse_captures(values, error)
@@ -345,12 +348,19 @@ class Op(Generic[P, R]):
         # The built-in proxy rule traces the graph anew; one of the op's own may keep what takes nested arguments.
         return plain_form(self.spec, values, nested=keys.PROXY in self._asking.modes)
 
-    def _in_place(self, run: Callable[[], object], inputs: object) -> object:
-        if self.spec.autograd == "error" and needs_gradient(trees.leaves(inputs)):
+    def _in_place(self, run: Callable[[], object], args: tuple[object, ...], kwargs: dict[str, object]) -> object:
+        if self.spec.autograd == "error" and needs_gradient(trees.leaves([args, kwargs])):
             raise no_gradient(self.spec.name)
-        with torch.profiler.record_function(self.spec.name) if state.profiling() else contextlib.nullcontext():
-            result = run()
+        result = self._observed(run, args, kwargs)
         return result if self._derives else self._defer(result)
+
+    def _observed(self, run: Callable[[], object], args: tuple[object, ...], kwargs: dict[str, object]) -> object:
+        """Run the inside where those that see operators are told of the op: a profile, a log, a checkpoint's policy."""
+        if self.spec.name in _vanished.get():
+            return run()
+        name = torch.profiler.record_function(self.spec.name) if state.logged() else contextlib.nullcontext()
+        with name, decided(self.operator, args, kwargs):
+            return run()
 
     def _defer(self, result: object) -> object:
         """For "deferred_error": what would have a gradient gets one that raises. Dynamo sees the body alone."""
@@ -392,7 +402,7 @@ class Op(Generic[P, R]):
         if asked and not self._untold(lambda: call):
             return self._stamped(call)()
         self._compare(call.layout)
-        result = self._in_place(call.like_body if rehearsing() else call.run, call.inputs)
+        result = self._in_place(call.like_body if rehearsing() else call.run, args, kwargs)
         return result if state.quiet() else bound(result, call.inputs)
 
     def _stamped(self, call: Call) -> Call:
@@ -420,7 +430,7 @@ class Op(Generic[P, R]):
         return text or "", text is not None and cacheable(self.spec)
 
     def _run_flat(self, /, *args: object, **kwargs: object) -> object:
-        return self.decode(*args, **kwargs).run()
+        return self._observed(self.decode(*args, **kwargs).run, args, kwargs)
 
     def decode(self, /, *args: object, **kwargs: object) -> Call:
         """The call that a node with these arguments stands for."""
@@ -460,3 +470,6 @@ class Op(Generic[P, R]):
             ) from reason
         keywords = {layout.KEYWORD: recording.layout.dumps()}
         return self.decode(*recording.graphs, recording.inputs, **recording.options, **keywords)
+
+
+dynamo.skip(cast("FunctionType", Op._dispatch))  # a mode that Dynamo does not know makes it read single frames

@@ -5,16 +5,19 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 import hopkit
 from hopkit import Sample, Subgraph
-from hopkit.extend import OpSpec, Rule, hookimpl
+from hopkit._torch import trees
+from hopkit.extend import OpSpec, PluginError, Rule, hookimpl
 from hopkit.kit import Kit
-from hopkit.testing import Cell, Report, check, fresh, plan
+from hopkit.testing import Case, Cell, Column, Group, Outcome, Report, check, fresh, outcome, outcome_of_class, plan
 from hopkit.testing.columns import COLUMNS
 from hopkit.testing.compare import Pair, difference
 
@@ -438,3 +441,76 @@ def test_a_cell_without_an_op_is_a_mistake(pytester: pytest.Pytester) -> None:
 def test_a_host_for_one_test(hopkit_fresh: hopkit.kit.Kit) -> None:
     define_twice("demo_alone")
     assert list(hopkit_fresh.ops) == ["demo_alone"]
+
+
+# Columns that plugins add
+
+
+def adding(given: object) -> SimpleNamespace:
+    return SimpleNamespace(hopkit_add_columns=hookimpl(lambda: given))
+
+
+@pytest.mark.parametrize(("factor", "verdict"), [(1.0, "right"), (2.0, "wrong")])
+def test_a_plugin_adds_a_column_for_every_op(factor: float, verdict: str) -> None:
+    group = Group("mine")
+
+    @group.column
+    def scaled(case: Case, callee: Callable[..., object]) -> Outcome:
+        return outcome(case, lambda *ts: trees.map_only(torch.Tensor, lambda t: t * factor, case.on(callee)(*ts)))
+
+    weight = torch.linspace(0.5, 1.5, 3).requires_grad_()
+    hopkit.register(adding(group.columns), "mine")
+    for mode in ("mine", "scaled"):
+        assert only(define_twice(f"demo_{mode}"), Sample((lambda y: y * weight, X)), "scaled").verdict == verdict
+    assert check(hopkit.ops()["demo_mine"], [Sample((torch.sin, X))], modes=["mine"]).ok == (verdict == "right")
+    hopkit.unregister("mine")
+    with pytest.raises(ValueError, match="there is no mode 'scaled'"):
+        plan(hopkit.ops()["demo_mine"], [Sample((torch.sin, X))], modes=["scaled"])
+
+
+class Held(torch.Tensor):
+    """Wraps a tensor."""
+
+    held: torch.Tensor
+
+    def __new__(cls, inner: torch.Tensor) -> Held:
+        self = torch.Tensor._make_wrapper_subclass(cls, inner.shape, inner.stride(), dtype=inner.dtype)
+        self.held = inner
+        return self
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: object, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override] # torch's stub leaves out the operator
+        plain = trees.map_leaves(unheld, (args, dict(kwargs or {})))
+        return trees.map_only(torch.Tensor, Held, func(*plain[0], **plain[1]))
+
+
+def unheld(value: Any) -> Any:
+    return value.held if isinstance(value, Held) else value
+
+
+@pytest.mark.parametrize(("body", "verdict"), [(torch.sin, "right"), (torch.Tensor.detach, "wrong")])
+def test_a_column_of_a_tensor_class_compares_values_and_gradients(
+    body: Callable[..., torch.Tensor], verdict: str
+) -> None:
+    group = Group("mine")
+
+    @group.column
+    def held(case: Case, callee: Callable[..., object]) -> Outcome:
+        def run(*tensors: torch.Tensor) -> object:
+            assert all(isinstance(t, Held) for t in tensors)
+            return trees.map_only(torch.Tensor, lambda t: t + body(t) - torch.sin(t), case.on(callee)(*tensors))
+
+        return outcome_of_class(case, run, Held, unheld)
+
+    weight = torch.linspace(0.5, 1.5, 3).requires_grad_()
+    hopkit.register(adding(group.columns), "mine")
+    assert only(define_twice(), Sample((lambda y: y * weight, X)), "held").verdict == verdict
+
+
+@pytest.mark.parametrize(
+    "given", [None, ["fake"], [Column("eager", "mine", lambda case, callee: Outcome([]))]], ids=repr
+)
+def test_what_is_no_column_is_refused(given: object) -> None:
+    hopkit.register(adding(given), "mine")
+    with pytest.raises(PluginError, match="plugin 'mine', hook 'hopkit_add_columns' gave"):
+        check(define_twice(), [Sample((torch.sin, X))])

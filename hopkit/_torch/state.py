@@ -38,9 +38,9 @@ def quiet() -> bool:
     return not (_stack_len() or _profiler_enabled() or _included(_PRE_DISPATCH))
 
 
-def profiling() -> bool:
-    """Whether a profiler is active."""
-    return _profiler_enabled()
+def logged() -> bool:
+    """Whether something is active that writes down where code says that it runs: a profiler, or torch's DebugMode."""
+    return _profiler_enabled() or any(_from(mode, {_LOG}) for mode in _get_current_dispatch_mode_stack())
 
 
 def alone() -> bool:
@@ -72,15 +72,17 @@ _TRANSFORMS = {TransformType.Vmap: "vmap", TransformType.Jvp: "jvp", TransformTy
 
 
 def takes_ops(mode: TorchDispatchMode) -> bool:
-    """Whether a mode takes any operator whole. Those that count flops and collectives say so, and see nothing inside.
-
-    They are known by their modules' names: to import the one loads Triton, which takes longer than all of hopkit.
-    """
-    modules = (kind.__module__ for kind in type(mode).__mro__)
-    return bool(mode.supports_higher_order_operators) and _COUNTERS.isdisjoint(modules)
+    """Whether a mode takes any operator whole. Those of torch that count and log say so, and would see nothing."""
+    return bool(mode.supports_higher_order_operators) and not _from(mode, _OBSERVERS)
 
 
-_COUNTERS = frozenset({"torch.utils.flop_counter", "torch.distributed.tensor.debug"})
+def _from(mode: TorchDispatchMode, modules: Container[str]) -> bool:
+    """Whether a mode is of a class in these modules. To import one loads Triton, which takes longer than hopkit."""
+    return any(kind.__module__ in modules for kind in type(mode).__mro__)
+
+
+_LOG = "torch.utils._debug_mode._mode"
+_OBSERVERS = frozenset({"torch.utils.flop_counter", "torch.distributed.tensor.debug", _LOG})
 
 
 def dispatch_modes() -> Iterator[TorchDispatchMode]:

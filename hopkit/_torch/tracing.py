@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar, cast
 
 import torch
+from torch._functorch import predispatch
 from torch._guards import detect_fake_mode
 from torch._higher_order_ops.utils import reenter_make_fx
 from torch._prims.rng_prims import run_and_save_rng_state
@@ -69,7 +70,7 @@ class Tracer:
             inside = contextlib.nullcontext() if self._fake_mode else mode
             with inside, fakes.autograd_on(), fakes.unhooked(), torch.set_grad_enabled(gradients):
                 graph = reenter_make_fx(function)(*cast("tuple[object, ...]", inputs))
-            _drop_saved(graph)
+            _tidy(graph)
             known[key] = self.register(name, graph)
         return cast("GraphModule", getattr(self._tracer.root, known[key]))
 
@@ -165,10 +166,12 @@ _CONVOLVED = 3
 """The fewest dimensions of what a convolution gives."""
 
 
-def _drop_saved(graph: GraphModule) -> None:
+def _tidy(graph: GraphModule) -> None:
     """What autograd saves it detaches, and a graph that is recorded again would pass for one that detaches a part."""
     before = len(graph.graph.nodes)
     for node in reversed(graph.graph.nodes):
+        if node.target in _STEPS:
+            node.meta.setdefault("val", None)  # export wants to know what every node gives
         if node.target is torch.ops.aten.detach.default and not node.users:
             graph.graph.erase_node(node)
     if len(graph.graph.nodes) < before:
@@ -181,6 +184,21 @@ def _draws(graph: object) -> bool:
     targets = {node.target for module in modules for node in module.graph.nodes if node.op == "call_function"}
     tags = (target.tags for target in targets if isinstance(target, torch._ops.OpOverload))
     return run_and_save_rng_state in targets or any(torch.Tag.nondeterministic_seeded in known for known in tags)
+
+
+# Above autograd a tracer writes down how a level of a transform begins and ends.
+_STEPS = (
+    predispatch._vmap_increment_nesting,
+    predispatch._vmap_decrement_nesting,
+    predispatch._jvp_increment_nesting,
+    predispatch._jvp_decrement_nesting,
+    predispatch._enter_dual_level,
+    predispatch._exit_dual_level,
+    predispatch.lazy_load_decompositions,
+)
+
+for _step in _STEPS:  # of the graphs within a graph, export removes what no other node uses (torch/fx/graph.py)
+    torch.fx.node.has_side_effect(_step)
 
 
 def current(inputs: Sequence[object]) -> Tracer | None:

@@ -17,7 +17,7 @@ from hopkit.explain import explain
 from hopkit.op import AnyOp
 from hopkit.spec import Sample
 from hopkit.testing.case import Callee, Case, Column, NotApplicable, Outcome
-from hopkit.testing.columns import COLUMNS
+from hopkit.testing.columns import columns
 from hopkit.testing.compare import difference
 from hopkit.testing.report import Cell, Report, Verdict
 
@@ -106,8 +106,9 @@ def plan(op: AnyOp, samples: Iterable[Sample] | None = None, *, modes: Sequence[
     Raises:
         SpecError: There are no samples.
         ValueError: There is no such mode.
+        PluginError: A plugin adds what is no column.
     """
-    columns = _chosen(modes)
+    chosen = _chosen(modes)
     given = list(op.spec.samples() if samples is None and op.spec.samples else samples or ())
     if not given:
         raise SpecError(
@@ -117,17 +118,18 @@ def plan(op: AnyOp, samples: Iterable[Sample] | None = None, *, modes: Sequence[
             todo="Declare `samples=lambda: [hopkit.Sample(args), ...]` in define, or pass them to `check`",
         )
     cases = [(Case(op, sample), sample.name or str(number)) for number, sample in enumerate(given)]
-    return [Trial(case, name, column) for column in columns for case, name in cases]
+    return [Trial(case, name, column) for column in chosen for case, name in cases]
 
 
 def _chosen(modes: Sequence[str] | None) -> list[Column]:
-    groups = {column.group for column in COLUMNS.values()}
+    known = columns()
+    groups = {column.group for column in known.values()}
     for mode in modes or ():
-        if mode not in COLUMNS and mode not in groups:
-            close = difflib.get_close_matches(mode, [*COLUMNS, *groups], 1)
+        if mode not in known and mode not in groups:
+            close = difflib.get_close_matches(mode, [*known, *groups], 1)
             meant = f", did you mean {close[0]!r}?" if close else ""
-            raise ValueError(f"there is no mode {mode!r}{meant} (there are {', '.join(COLUMNS)})")
-    return [c for c in COLUMNS.values() if modes is None or c.name in modes or c.group in modes]
+            raise ValueError(f"there is no mode {mode!r}{meant} (there are {', '.join(known)})")
+    return [c for c in known.values() if modes is None or c.name in modes or c.group in modes]
 
 
 def check(
@@ -152,6 +154,7 @@ def check(
     Raises:
         SpecError: There are no samples.
         ValueError: There is no such mode.
+        PluginError: A plugin adds what is no column.
     """
     trials = plan(op, samples, modes=modes)
     conflicts = [row for row in explain(op).rows if row.kind == "conflict"]

@@ -2,17 +2,68 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 import torch
 
-from hopkit.testing.case import Case, NotApplicable, Run
+from hopkit._torch import trees
+from hopkit.testing.case import Case, NotApplicable, Outcome, Run
 from hopkit.testing.compare import Pair
 from hopkit.testing.tensors import Tensors, detached, differentiable, floats_in, tensors_in
-from hopkit.testing.values import requires_grad, seeded
+from hopkit.testing.values import requires_grad, seeded, values
+
+Change = Callable[[torch.Tensor], torch.Tensor]
 
 
-def derivatives(case: Case, run: Run, *, second: bool = False) -> list[Pair]:
+def outcome(case: Case, run: Run, plain: Change = lambda tensor: tensor) -> Outcome:
+    """What a column compares that changes nothing: values, and gradients where there are any.
+
+    Args:
+        case: The op and the sample.
+        run: A function of the sample's tensors.
+        plain: What makes a plain tensor of a gradient.
+    """
+    pairs = values(case, run)
+    with contextlib.suppress(NotApplicable):
+        pairs += derivatives(case, run, plain=plain)
+    return Outcome(pairs)
+
+
+def outcome_of_class(case: Case, run: Run, wrap: Change, unwrap: Change) -> Outcome:
+    """As `outcome`, on tensors of a class: what goes in is wrapped, and what comes out is unwrapped.
+
+    Args:
+        case: The op and the sample.
+        run: A function of the sample's tensors.
+        wrap: Makes a tensor of the class, that holds a plain one.
+        unwrap: Gives the plain tensor again, or a tensor that is plain as it is.
+    """
+
+    into, out_of = _step(wrap, unwrap), _step(unwrap, wrap)
+
+    def inside(*tensors: torch.Tensor) -> object:
+        return trees.map_only(torch.Tensor, out_of, run(*map(into, tensors)))
+
+    return outcome(case, inside, unwrap)
+
+
+def _step(there: Change, back: Change) -> Change:
+    """``there``, whose derivative is ``back``."""
+
+    class Step(torch.autograd.Function):
+        @staticmethod
+        def forward(_: object, tensor: torch.Tensor) -> torch.Tensor:
+            return there(tensor)
+
+        @staticmethod
+        def backward(_: object, gradient: torch.Tensor) -> torch.Tensor:
+            return back(gradient)
+
+    return Step.apply
+
+
+def derivatives(case: Case, run: Run, *, second: bool = False, plain: Change = lambda tensor: tensor) -> list[Pair]:
     """Values, and first (or second) derivatives by the operands and by whatever else the result depends on."""
     if not case.derives:
         raise NotApplicable(f'autograd="{case.op.spec.autograd}": it has no derivative')
@@ -28,7 +79,7 @@ def derivatives(case: Case, run: Run, *, second: bool = False) -> list[Pair]:
         Pair("requires_grad", requires_grad(got), requires_grad(expected)),
         Pair(
             "a gradient",
-            backward(got, [*inputs, *captures]),
+            [plain(gradient) for gradient in backward(got, [*inputs, *captures])],
             backward(expected, [*expected_inputs, *captures]),
             strides=False,
         ),

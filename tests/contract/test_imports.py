@@ -19,7 +19,7 @@ def _loaded_by(statement: str) -> set[str]:
     return set(json.loads(done.stdout))
 
 
-@pytest.mark.parametrize("module", ["hopkit", "hopkit.extend", "hopkit_constgraph"])
+@pytest.mark.parametrize("module", ["hopkit", "hopkit.extend", "hopkit.testing", "hopkit_constgraph"])
 def test_importing_loads_no_compiler(module: str) -> None:
     assert not [name for name in _loaded_by(f"import {module}") if name.startswith(COMPILERS)]
 

@@ -1,11 +1,11 @@
-"""Every sample op in every mode, held against its body in plain eager PyTorch."""
+"""Every sample op in every mode, those of installed plugins included, held against its body in plain eager PyTorch."""
 
 from __future__ import annotations
 
 import pytest
 
 from hopkit.testing import check
-from hopkit.testing.columns import COLUMNS
+from hopkit.testing.columns import columns
 from tests.samples import OPS
 
 ONE_DTYPE = "no sample of this op has complex operands"
@@ -27,7 +27,7 @@ REFUSED = {
 """The samples that hopkit refuses, and why."""
 
 
-@pytest.mark.parametrize("mode", COLUMNS)
+@pytest.mark.parametrize("mode", columns())
 @pytest.mark.parametrize("op", OPS)
 def test_an_op_is_what_its_body_is(op: str, mode: str) -> None:
     report = check(OPS[op], modes=[mode])
@@ -36,3 +36,8 @@ def test_an_op_is_what_its_body_is(op: str, mode: str) -> None:
     }, report
     assert not [cell for cell in report.cells if not cell.ok], report
     assert any(cell.verdict == "right" for cell in report.cells) != ((op, mode) in EMPTY), report
+
+
+def test_a_plugin_brings_columns() -> None:
+    """hopkit-example has a dispatch mode and a tensor class, and no line about any op here."""
+    assert {"log_ops", "made"} <= columns().keys()

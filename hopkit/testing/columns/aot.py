@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterable
 from typing import cast
 
 import torch
-from functorch.compile import aot_function, make_boxed_func  # type: ignore[import-untyped] # torch's own
 from torch.fx import GraphModule
 
 from hopkit._torch import trees
@@ -37,6 +37,7 @@ def aot_grad(case: Case, callee: Callee) -> Outcome:
 
 def _ahead(case: Case, callee: Callee, graphs: list[GraphModule]) -> Run:
     structure: list[trees.Tree] = []
+    ahead = importlib.import_module("functorch.compile")  # it loads torch's compiler; plugins import hopkit.testing
 
     def flat(*tensors: torch.Tensor) -> list[object]:
         # aot_function makes a list of a tuple.
@@ -46,7 +47,7 @@ def _ahead(case: Case, callee: Callee, graphs: list[GraphModule]) -> Run:
 
     def keep(graph: GraphModule, _: object) -> Callable[..., object]:
         graphs.append(graph)
-        return cast("Callable[..., object]", make_boxed_func(graph.forward))
+        return cast("Callable[..., object]", ahead.make_boxed_func(graph.forward))
 
-    compiled = cast("Callable[..., Iterable[object]]", aot_function(flat, fw_compiler=keep))
+    compiled = cast("Callable[..., Iterable[object]]", ahead.aot_function(flat, fw_compiler=keep))
     return lambda *tensors: trees.unflatten(list(compiled(*tensors)), structure[-1])

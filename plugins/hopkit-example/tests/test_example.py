@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
+from pathlib import Path
 
 import pytest
 import torch
-from hopkit_example import LogOps, repeat
+from hopkit_example import LogOps, Made, repeat
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import hopkit
@@ -18,8 +20,15 @@ def test_it_is_installed_and_says_what_it_supplies() -> None:
     (info,) = [info for info in hopkit.plugins() if info.name == "example"]
     assert (info.distribution, info.error) == ("hopkit-example", "")
     assert info.ops == ("example_repeat",)
-    assert info.modes == ("log_ops",)
-    assert info.hooks == ("hopkit_add_modes", "hopkit_add_ops", "hopkit_fake_rule", "hopkit_log_ops_rule")
+    assert info.modes == ("log_ops", "made")
+    assert info.hooks == (
+        "hopkit_add_columns",
+        "hopkit_add_modes",
+        "hopkit_add_ops",
+        "hopkit_fake_rule",
+        "hopkit_log_ops_rule",
+        "hopkit_made_rule",
+    )
 
 
 def test_the_op_is_right_in_every_mode() -> None:
@@ -67,3 +76,28 @@ def test_gradients_pass_through_the_mode() -> None:
     (found,) = torch.autograd.grad(result.sum(), x)
     (wanted,) = torch.autograd.grad(x.sin().sin().sum(), x)
     torch.testing.assert_close(found, wanted)
+
+
+def test_the_class_takes_every_op_whole() -> None:
+    double = torch.fx.symbolic_trace(lambda w: w * 2)
+    x = Made(torch.ones(3))
+    for result, by in [
+        (repeat(torch.sin, x), "example_repeat"),
+        (hopkit_constgraph.run_const_graph(double, (x,)), "constgraph_run"),
+        (torch.cos(x), "aten.cos.default"),
+    ]:
+        assert isinstance(result, Made)
+        assert result.by == by
+
+
+def test_every_op_has_a_column_for_the_mode_and_one_for_the_class() -> None:
+    for op in (repeat, hopkit.ops()["constgraph_run"]):
+        report = check(op, modes=["example"])
+        assert {cell.mode for cell in report.cells} == {"log_ops", "made"}
+        assert {cell.verdict for cell in report.cells} == {"right"}, str(report)
+
+
+def test_mode_and_class_are_short() -> None:
+    source = Path(inspect.getsourcefile(LogOps) or "")
+    assert source == Path(inspect.getsourcefile(Made) or "")
+    assert len(source.read_text(encoding="utf-8").splitlines()) < 60

@@ -1,45 +1,59 @@
-"""A mode of the plugin's own: ``with LogOps() as log:`` writes down every op and operator, and ops are taken whole."""
+"""A dispatch mode and a tensor class of the plugin's own. Each has one rule, and takes every op whole by it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
-from hopkit.extend import Call, OpSpec, Rule, hookimpl
-from hopkit.extend.mode import Mode, TorchDispatchMode
+import torch
+
+from hopkit.extend import Call
+from hopkit.extend.mode import TorchDispatchMode, map_leaves
 
 
 class LogOps(TorchDispatchMode):
-    """Collects ``names``. It knows nothing of hopkit: what it does with an op is said by the rule below."""
+    """Collects the ``names`` of operators. It knows nothing of hopkit; what becomes of an op, `log_whole` says."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call] # torch's own
         self.names: list[str] = []
 
-    def __torch_dispatch__(
-        self,
-        func: Callable[..., object],
-        types: Sequence[type],
-        args: tuple[object, ...] = (),
-        kwargs: Mapping[str, object] | None = None,
-    ) -> object:
-        """Called by torch for every operator."""
+    def __torch_dispatch__(self, func: Any, types: object, args: Any = (), kwargs: Any = None) -> object:
         self.names.append(str(func))
         return func(*args, **(kwargs or {}))
-
-
-@hookimpl
-def hopkit_add_modes() -> Iterable[Mode]:
-    """Brings the mode, and with it the hook ``hopkit_log_ops_rule``."""
-    return [Mode("log_ops", entry=LogOps, gives="the op's value, with its name in the log")]
-
-
-@hookimpl
-def hopkit_log_ops_rule(op: OpSpec) -> Rule:  # noqa: ARG001 - the hook's own; the answer is the same for every op
-    """The one rule of the mode. It serves every op there is, and every op to come."""
-    return log_whole
 
 
 def log_whole(active: LogOps, call: Call) -> object:
     """Note the op, and let the next mode answer. While the rule runs, the mode is off: the inside is not logged."""
     active.names.append(call.op.name)
     return call()
+
+
+class Made(torch.Tensor):
+    """Holds a tensor, and the name of the op or operator that made it: ``by``."""
+
+    held: torch.Tensor
+    by: str
+
+    def __new__(cls, held: torch.Tensor, by: str = "") -> Made:
+        self = torch.Tensor._make_wrapper_subclass(cls, held.shape, held.stride(), dtype=held.dtype, device=held.device)
+        self.held, self.by = held, by
+        return self
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: object, args: Any = (), kwargs: Any = None) -> object:  # type: ignore[override] # torch's stub leaves out the operator
+        return made(str(func), func(*held(args), **held(kwargs or {})))
+
+
+def held(values: Any) -> Any:
+    """The values, with what a `Made` tensor holds in its place."""
+    return map_leaves(lambda value: value.held if isinstance(value, Made) else value, values)
+
+
+def made(by: str, values: Any) -> Any:
+    """The values, with a `Made` tensor in place of every plain one."""
+    return map_leaves(lambda value: Made(value, by) if isinstance(value, torch.Tensor) else value, values)
+
+
+def make_whole(_: type[Made], call: Call) -> object:
+    """Let the next mode answer, on what the tensors hold."""
+    return made(call.op.name, call.replace(inputs=held(call.inputs))())

@@ -1,0 +1,39 @@
+"""Selective activation checkpointing (torch/utils/checkpoint.py): its policy is asked about an op before its inside."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+from torch.utils.checkpoint import CheckpointPolicy, SelectiveCheckpointContext, _CachingTorchDispatchMode
+
+from hopkit._torch.state import dispatch_modes
+
+_LEFT_TO_THE_INSIDE = (CheckpointPolicy.PREFER_RECOMPUTE, False)
+
+
+@contextlib.contextmanager
+def decided(operator: Callable[..., object], args: Sequence[object], kwargs: Mapping[str, object]) -> Iterator[None]:
+    """Inside, what a policy says of the op holds for all that runs, unless it merely prefers to compute it again."""
+    with contextlib.ExitStack() as stack:
+        for mode in dispatch_modes():
+            if isinstance(mode, _CachingTorchDispatchMode):
+                stack.enter_context(_one_word(mode, operator, args, kwargs))
+        yield
+
+
+@contextlib.contextmanager
+def _one_word(
+    mode: _CachingTorchDispatchMode,
+    operator: Callable[..., object],
+    args: Sequence[object],
+    kwargs: Mapping[str, object],
+) -> Iterator[None]:
+    policy = mode.policy_fn
+    word = policy(SelectiveCheckpointContext(is_recompute=False), operator, *args, **kwargs)
+    if word not in _LEFT_TO_THE_INSIDE:
+        mode.policy_fn = lambda *_, **__: word
+    try:
+        yield
+    finally:
+        mode.policy_fn = policy

@@ -1,0 +1,179 @@
+"""Activation checkpointing around an op: values, gradients, and what is computed again, in eager and compiled."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+import hopkit
+from hopkit.extend.mode import TorchDispatchMode
+from tests.recording import define_twice, same
+
+pytestmark = [
+    pytest.mark.usefixtures("hopkit_fresh"),
+    pytest.mark.filterwarnings("ignore:Your compiler for AOTAutograd is returning a function"),
+    pytest.mark.filterwarnings("ignore:`torch.jit.script"),  # torch's own decompositions
+]
+
+X = torch.linspace(-1.0, 1.0, 12).reshape(4, 3)
+W = torch.linspace(0.5, 1.5, 9).reshape(3, 3)
+MM = torch.ops.aten.mm.default
+
+Policy = Callable[..., CheckpointPolicy | bool]
+Function = Callable[..., Any]
+
+
+def plain(body: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """What `define_twice` defines, as a function."""
+    result: Tensor = 1.0 * body(body(x))
+    return result
+
+
+class Ran(TorchDispatchMode):
+    """The operators that ran."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call] # torch's own
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: object, args: Any = (), kwargs: Any = None) -> object:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def region(call: Function, policy: Policy | Sequence[object] | None) -> Function:
+    """``call`` in a checkpoint, as a function of an operand and a capture."""
+    given: dict[str, Any] = {}
+    if policy is not None:
+        given["context_fn"] = functools.partial(create_selective_checkpoint_contexts, policy)
+    return lambda x, w: checkpoint(lambda x: call(lambda y: (y @ w).sin(), x).cos(), x, use_reentrant=False, **given)
+
+
+def trained(run: Function) -> tuple[tuple[Tensor, ...], list[str]]:
+    """Value and gradients, and what ran in backward."""
+    x, w = X.clone().requires_grad_(), W.clone().requires_grad_()
+    result = run(x, w)
+    with Ran() as ran:
+        gradients = torch.autograd.grad(result.sum(), [x, w])
+    return (result, *gradients), ran.names
+
+
+def about(name: str, word: CheckpointPolicy | bool, seen: list[str] | None = None) -> Policy:
+    """A policy that has something to say of the operators of this name."""
+
+    def policy(context: object, op: object, *args: object, **kwargs: object) -> CheckpointPolicy | bool:
+        if seen is not None:
+            seen.append(str(op))
+        return word if name in str(op) else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return policy
+
+
+SELECTIVE: dict[str, Policy | None] = {
+    "non-selective": None,
+    "nothing": about("nothing", True),
+    "inside": about("aten.mm", CheckpointPolicy.MUST_SAVE),
+    "sin": about("aten.sin", CheckpointPolicy.PREFER_SAVE),
+}
+
+
+@pytest.mark.parametrize("name", SELECTIVE)
+def test_what_is_computed_again_is_what_the_body_computes_again(name: str) -> None:
+    found, ran = trained(region(define_twice(), SELECTIVE[name]))
+    wanted, expected = trained(region(plain, SELECTIVE[name]))
+    same(found, wanted)
+    assert ran == expected
+
+
+@pytest.mark.parametrize("name", SELECTIVE)
+def test_compiled_checkpoints(name: str) -> None:
+    found, _ = trained(torch.compile(region(define_twice(), SELECTIVE[name]), backend="aot_eager", fullgraph=True))
+    wanted, _ = trained(region(plain, SELECTIVE[name]))
+    same(found, wanted)
+
+
+def test_a_policy_is_asked_about_the_op_and_then_about_its_inside() -> None:
+    seen: list[str] = []
+    trained(region(define_twice(), about("nothing", True, seen)))
+    inside = ["aten.mm.default", "aten.sin.default"] * 2
+    assert seen == ["t_twice", *inside, "aten.mul.Tensor", "aten.cos.default"]
+
+
+@pytest.mark.parametrize("word", [CheckpointPolicy.MUST_SAVE, CheckpointPolicy.PREFER_SAVE, True])
+def test_nothing_of_an_op_that_is_saved_is_computed_again(word: CheckpointPolicy | bool) -> None:
+    seen: list[str] = []
+    found, ran = trained(region(define_twice(), about("t_twice", word, seen)))
+    wanted, expected = trained(region(plain, None))
+    same(found, wanted)
+    assert seen == ["t_twice", "aten.cos.default"]
+    assert expected.count(str(MM)) - ran.count(str(MM)) == 2
+    assert ran.count("aten.sin.default") == 1  # the derivative of the cosine outside
+
+
+def test_an_op_that_must_be_computed_again_is_so_whatever_is_said_of_its_inside() -> None:
+    def policy(context: object, op: object, *args: object, **kwargs: object) -> CheckpointPolicy:
+        return CheckpointPolicy.MUST_RECOMPUTE if "t_twice" in str(op) else CheckpointPolicy.MUST_SAVE
+
+    found, ran = trained(region(define_twice(), policy))
+    wanted, expected = trained(region(plain, None))
+    same(found, wanted)
+    assert ran.count(str(MM)) == expected.count(str(MM))
+
+
+def test_an_op_is_in_the_list_of_operators_that_are_saved() -> None:
+    twice = define_twice()
+    found, ran = trained(region(twice, [twice.operator]))
+    wanted, expected = trained(region(plain, None))
+    same(found, wanted)
+    assert expected.count(str(MM)) - ran.count(str(MM)) == 2
+
+
+def test_a_policy_is_not_asked_about_an_op_that_vanishes() -> None:
+    seen: list[str] = []
+    twice = define_twice()
+
+    def vanishing(*args: Any) -> object:
+        with hopkit.decompose(twice):
+            return twice(*args)
+
+    trained(region(vanishing, about("t_twice", True, seen)))
+    assert "t_twice" not in seen
+
+
+def test_a_policy_that_saves_the_op_in_compiled_code() -> None:
+    kept: dict[str, list[str]] = {}
+
+    def backward_of(call: Function, policy: Policy) -> tuple[Tensor, ...]:
+        found, kept[call.__name__] = trained(torch.compile(region(call, policy), backend="aot_eager_decomp_partition"))
+        return found
+
+    twice = define_twice()
+    same(backward_of(twice, about("t_twice", CheckpointPolicy.MUST_SAVE)), trained(region(plain, None))[0])
+    same(backward_of(plain, about("t_twice", CheckpointPolicy.MUST_SAVE)), trained(region(plain, None))[0])
+    assert kept["plain"].count(str(MM)) - kept["twice"].count(str(MM)) == 2
+
+
+def test_what_one_region_saves_is_none_of_the_next() -> None:
+    twice, seen = define_twice(), list[str]()
+    policy = about("t_twice", True, seen)
+    step = region(twice, policy)
+    trained(lambda x, w: step(step(x, w), w))
+    assert seen == ["t_twice", "aten.cos.default"] * 2
+
+
+def test_a_policy_that_raises_leaves_nothing_behind() -> None:
+    def policy(context: object, op: object, *args: object, **kwargs: object) -> bool:
+        if "sin" in str(op):
+            raise ArithmeticError("mine")
+        return "t_twice" in str(op) and False
+
+    twice = define_twice()
+    with pytest.raises(ArithmeticError, match="mine"):
+        trained(region(twice, policy))
+    same(trained(region(twice, None))[0], trained(region(plain, None))[0])
