@@ -21,6 +21,7 @@ from hopkit._torch.checkpoint import decided
 from hopkit._torch.fakes import bound, rehearsing
 from hopkit._torch.operator import Operator
 from hopkit._torch.operator import Place as TorchPlace
+from hopkit._torch.tracing import gradients_changed
 from hopkit.asking import Asking, asking
 from hopkit.call import Call
 from hopkit.digest import cacheable, digest, other_body
@@ -328,13 +329,17 @@ class Op(Generic[P, R]):
         recording = recorder.record(self.operator.digest())
         keywords = {layout.KEYWORD: recording.layout.dumps()}
         if self._untold(lambda: self.decode(*recording.graphs, recording.inputs, **recording.options, **keywords)):
-            raise Unrecordable("backward would be recorded from something else", declared=True)
+            raise Unrecordable("the gradient would be that of something else", declared=True)
         outputs = self.operator.redispatch(*recording.graphs, recording.inputs, **recording.options, **keywords)
         return recording.restore(cast("Sequence[object]", outputs))
 
     def _untold(self, call: Callable[[], Call]) -> bool:
-        """Whether a node would not tell a derivative that is recorded: there, autograd is asked after the tracer is."""
-        if not (state.before_dispatch() and state.recording() and torch.is_grad_enabled()) or not self._derives:
+        """Whether a node would not tell the derivative, or that there is none: above autograd, which comes later."""
+        if not (state.before_dispatch() and state.recording()):
+            return False
+        if torch.compiler.is_exporting() and gradients_changed():
+            return True
+        if not (torch.is_grad_enabled() and self._derives):
             return False
         told = call()
         if torch.compiler.is_exporting() or not needs_gradient(told.inputs):

@@ -170,3 +170,31 @@ def test_export_of_a_derivative_that_is_written_by_hand_in_a_subgraph() -> None:
 
     with pytest.raises(hopkit.AutogradError, match="cannot be differentiated inside an exported program: it has"):
         torch.export.export(Slope(), (T,), strict=False)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_op_under_no_grad_in_an_exported_model(strict: bool) -> None:
+    op = define_once()
+
+    class Model(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                fixed = op(lambda y: y * 2, x)
+            return x + fixed
+
+    program = torch.export.export(Model(), (T,), strict=strict)
+    leaf = T.clone().requires_grad_()
+    found = program.module()(leaf)
+    same(found, T * 3)
+    same(torch.autograd.grad(found.sum(), leaf), (torch.ones(3),))
+
+
+def test_an_exported_subgraph_applies_a_transform() -> None:
+    op = define_once()
+
+    class Model(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return op(torch.vmap(torch.sin), x)
+
+    program = torch.export.export(Model(), (X,), strict=False)
+    same(program.module()(X), X.sin())

@@ -207,6 +207,17 @@ def current(inputs: Sequence[object]) -> Tracer | None:
     return None if mode is None else Tracer(mode, inputs)
 
 
+def gradients_changed() -> bool:
+    """Whether the graph that is being recorded has turned gradients off here, or on, as code does above autograd.
+
+    export makes a region of such a part if that is the first thing in it (torch/_export/passes/
+    replace_set_grad_with_hop_pass.py). Where a node has graphs, they come first: the gradients would be on again.
+    """
+    found = _active().tracer.graph.find_nodes(op="call_function", target=torch._C._set_grad_enabled)
+    steps = [bool(node.args[0]) for node in found]
+    return bool(steps) and (not steps[-1] or steps[0])
+
+
 def not_recorded() -> contextlib.AbstractContextManager[object]:
     """Inside, nothing is recorded."""
     return disable_proxy_modes_tracing()
