@@ -235,8 +235,12 @@ def vmap(run: Flat, dims: tuple[int | None, ...], randomness: str) -> Flat:
     """``run``, batched: input number i is batched in dimension ``dims[i]``, and outputs are in their first."""
 
     def transformed(inputs: Sequence[object]) -> tuple[object, ...]:
-        batched = torch.vmap(lambda *values: run(values), in_dims=dims, randomness=randomness)
-        return batched(*inputs)
+        # What an op gives that gives no tensor has no batch.
+        def tensors(*values: object) -> tuple[object, ...]:
+            found = run(values)
+            return () if found is NOTHING else found
+
+        return torch.vmap(tensors, in_dims=dims, randomness=randomness)(*inputs) or NOTHING
 
     return transformed
 

@@ -198,3 +198,16 @@ def test_an_exported_subgraph_applies_a_transform() -> None:
 
     program = torch.export.export(Model(), (X,), strict=False)
     same(program.module()(X), X.sin())
+
+
+def test_an_op_that_gives_no_tensor_in_a_batch() -> None:
+    @hopkit.define("t_none")
+    def none(body: Subgraph, x: Tensor) -> None:
+        body(x)
+
+    def run(x: Tensor) -> Tensor:
+        none(torch.sin, x)
+        return x * 2
+
+    graph = record(torch.vmap(run), X)
+    same(graph(X), X * 2)
