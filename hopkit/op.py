@@ -31,6 +31,7 @@ from hopkit.record import Recorder, plain_form, run_or_examples, subgraphs
 from hopkit.region import outlined
 from hopkit.rule import Answer, Place, Table, ask
 from hopkit.spec import Kind, OpSpec
+from hopkit.transform import told
 
 if TYPE_CHECKING:
     from types import FunctionType
@@ -92,6 +93,11 @@ def check_op(who: str, given: object) -> None:
             why="an op is known by itself, as another may take its name",
             todo='Pass what `hopkit.define` made, or look it up: `hopkit.ops()["mypackage_myop"]`',
         )
+
+
+def _told() -> contextlib.AbstractContextManager[None]:
+    """For a node that is run in place: what is recorded of it may be differentiated again."""
+    return told() if state.recording() and not rehearsing() else contextlib.nullcontext()
 
 
 class Op(Generic[P, R]):
@@ -407,7 +413,8 @@ class Op(Generic[P, R]):
         if asked and not self._untold(lambda: call):
             return self._stamped(call)()
         self._compare(call.layout)
-        result = self._in_place(call.like_body if rehearsing() else call.run, args, kwargs)
+        with _told():
+            result = self._in_place(call.like_body if rehearsing() else call.run, args, kwargs)
         return result if state.quiet() else bound(result, call.inputs)
 
     def _stamped(self, call: Call) -> Call:
@@ -435,7 +442,8 @@ class Op(Generic[P, R]):
         return text or "", text is not None and cacheable(self.spec)
 
     def _run_flat(self, /, *args: object, **kwargs: object) -> object:
-        return self._observed(self.decode(*args, **kwargs).run, args, kwargs)
+        with _told():
+            return self._observed(self.decode(*args, **kwargs).run, args, kwargs)
 
     def decode(self, /, *args: object, **kwargs: object) -> Call:
         """The call that a node with these arguments stands for."""

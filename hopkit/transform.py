@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import cast
 
 import torch
@@ -21,6 +23,8 @@ Flat = Callable[[Sequence[object]], tuple[object, ...]]
 """A function of a node's inputs that gives the node's outputs."""
 
 Rule = Callable[..., object]
+
+_told: contextvars.ContextVar[bool] = contextvars.ContextVar("hopkit.told", default=False)
 
 NOTHING = (None,)
 """What a node gives where its op gives no tensor: torch cannot make an operator functional that gives nothing."""
@@ -153,6 +157,16 @@ def flat(
     return result
 
 
+@contextlib.contextmanager
+def told() -> Iterator[None]:
+    """Inside, a derivative is recorded with all that it depends on: who runs the graph may differentiate it again."""
+    token = _told.set(True)
+    try:
+        yield
+    finally:
+        _told.reset(token)
+
+
 def vjp(run: Flat, wrt: Sequence[int], given: Sequence[int]) -> Flat:
     """The vector-Jacobian product of ``run``.
 
@@ -162,7 +176,7 @@ def vjp(run: Flat, wrt: Sequence[int], given: Sequence[int]) -> Flat:
 
     def transformed(inputs: Sequence[object]) -> tuple[object, ...]:
         primals, gradients = list(inputs[: len(inputs) - len(given)]), inputs[len(inputs) - len(given) :]
-        if levels.top() is not None or forward_mode():  # inside functionalize no tensor becomes a leaf, either
+        if _told.get() or levels.top() is not None or forward_mode():  # inside functionalize no tensor becomes a leaf
             return _vjp_inside_transforms(run, primals, wrt, given, gradients)
         again = torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs)
         with torch.inference_mode(False), autograd_on(), torch.enable_grad():

@@ -211,3 +211,31 @@ def test_an_op_that_gives_no_tensor_in_a_batch() -> None:
 
     graph = record(torch.vmap(run), X)
     same(graph(X), X * 2)
+
+
+class _Passing(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call] # torch's own
+
+    def __torch_dispatch__(self, func: Any, types: object, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_derivative_that_is_recorded_inside_a_mode_may_be_differentiated() -> None:
+    # Its result and what it depends on were detached: whoever ran the graph lost a gradient without a word.
+    op = define_once()
+    weight = torch.linspace(0.5, 1.5, 3).requires_grad_()
+
+    def slope(run: Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:
+        def sloped(x: Tensor) -> Tensor:
+            _, pull, *_ = torch.func.vjp(lambda x: run(lambda y: (y * weight).sin(), x), x)
+            return cast("Tensor", pull(torch.ones(3))[0])
+
+        return sloped
+
+    with _Passing():
+        graph = make_fx(slope(op))(T)
+    leaf = T.clone().requires_grad_()
+    want = slope(lambda f, x: f(x))(leaf)
+    same(graph(leaf), want)
+    same(torch.autograd.grad(graph(leaf).sum(), [leaf, weight]), torch.autograd.grad(want.sum(), [leaf, weight]))
