@@ -16,6 +16,7 @@ from hopkit._torch.fakes import Stage, outside_modes
 from hopkit._torch.functional import frozen
 from hopkit._torch.sizes import describe
 from hopkit.call import Call, key_of
+from hopkit.digest import REVISION
 from hopkit.spec import OpSpec
 
 
@@ -113,7 +114,7 @@ def outline(tracer: tracing.Tracer, call: Call) -> object:
         tracer: The graph that is being recorded.
         call: Below autograd and functionalization.
     """
-
+    inductor.keep_inputs()
     # One code for all calls: Inductor, which changes the layout of what it computes, must not do so for some of them.
     call = call.replace(inputs=[tracer.settled(value, inductor.of_layout) for value in call.inputs])
 
@@ -126,8 +127,9 @@ def outline(tracer: tracing.Tracer, call: Call) -> object:
     with _whole():
         graph = tracer.trace(f"{call.op.name}_{call.part or 'region'}", run, examples, alike, gradients=False)
     name = tracer.register(call.op.name, graph)
+    known = f"{name}-{REVISION}"  # what is in torch's cache is of the same hopkit
     return tracer.emit(
-        torch.ops.higher_order.invoke_subgraph, (graph, name, *call.inputs), {}, tracer.like(graph) or call()
+        torch.ops.higher_order.invoke_subgraph, (graph, known, *call.inputs), {}, tracer.like(graph) or call()
     )
 
 

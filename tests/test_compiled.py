@@ -139,6 +139,7 @@ OUTLINED: dict[str, Callable[[Any, Tensor, Tensor], object]] = {
     ),
     "other layouts": lambda op, x, w: op(lambda y: (y @ w).sin(), op(lambda y: (y @ w).sin(), x).t()),
     "nested": lambda op, x, w: op(lambda y: op(lambda z: (z @ w).sin(), y) + op(lambda z: (z @ w).sin(), y * 2), x),
+    "side by side": lambda op, x, w: op(lambda y: (y @ w).sin(), x) + op(lambda y: (y @ w).sin(), x * 2),
     "one of them unused": lambda op, x, w: op(lambda y: (y @ w, y.exp()), op(lambda y: (y @ w, y.exp()), x)[0])[1],
 }
 

@@ -2,17 +2,20 @@
 
 If ``V.fake_mode`` is gone, ops stay nodes until they are lowered, and do not share in the passes before that. If
 ``_recursive_joint_graph_passes`` is gone, leave `simplified` out; if ``force_stride_order`` is, `of_layout`, and models
-with convolutions between outlined regions are refused by Inductor ("subgraph args must have consistent values").
+with convolutions between outlined regions are refused by Inductor ("subgraph args must have consistent values"); if
+``bw_donated_idxs`` is, `keep_inputs`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 from collections.abc import Callable, Sequence
 from typing import cast
 
 import torch
+from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -81,6 +84,34 @@ def outlines() -> bool:
     from torch._inductor import config
 
     return not config.cpp_wrapper
+
+
+def keep_inputs() -> None:
+    """Let no region write over its inputs. Call it while Inductor is at work.
+
+    A graph's backward may write over what was saved for it alone, by the numbers of its inputs, and torch goes by the
+    same numbers in every region inside: the second call of a region would find its gradient overwritten.
+    """
+    from torch._inductor.lowering import lowerings
+
+    target = torch.ops.higher_order.invoke_subgraph
+    lowering = lowerings[target]
+    if getattr(lowering, "_hopkit", False):
+        return
+
+    @functools.wraps(lowering)
+    def kept(*args: object, **kwargs: object) -> object:
+        metadata = TracingContext.get().fw_metadata
+        if metadata is None:
+            return lowering(*args, **kwargs)
+        donated, metadata.bw_donated_idxs = metadata.bw_donated_idxs, None
+        try:
+            return lowering(*args, **kwargs)
+        finally:
+            metadata.bw_donated_idxs = donated
+
+    kept._hopkit = True  # type: ignore[attr-defined]
+    lowerings[target] = kept
 
 
 def simplified(graph: GraphModule) -> GraphModule:
