@@ -27,11 +27,11 @@ from torch._dynamo.variables import (
 from torch._dynamo.variables import higher_order_ops as hops
 from torch._dynamo.variables.base import VariableTracker
 from torch._dynamo.variables.builder import SourcelessBuilder, wrap_fx_proxy, wrap_fx_proxy_cls
-from torch._guards import TracingContext
+from torch._guards import Source, TracingContext
 from torch.fx import Graph, GraphModule, Node, Proxy
 from torch.utils import _pytree as pytree
 
-from hopkit._torch import equal, sizes, trees
+from hopkit._torch import alike, equal, sizes, trees
 from hopkit._torch.autograd import computed
 from hopkit._torch.fakes import left, run_in_mode, stand_in
 
@@ -155,12 +155,44 @@ class Frame:
             return given.as_python_constant()
         return getattr(given, "value", self.callee)
 
-    def read(self, name: str, subgraph: Variable, args: object, kwargs: object) -> Read:
+    def read(self, name: str, subgraph: Variable, args: object, kwargs: object, *, once: bool = False) -> Read:
         """Let Dynamo read a subgraph on stand-ins of the arguments it is called with.
+
+        Args:
+            name: Of the subgraph.
+            subgraph: What to read.
+            args: The arguments.
+            kwargs: The keyword arguments.
+            once: Whether what was read for an equal call will do.
 
         Raises:
             Unsupported: Dynamo cannot read it in one piece.
         """
+        if not once:
+            return self._read(name, subgraph, args, kwargs)[0]
+        try:
+            leaves, tree = trees.flatten((args, kwargs))
+            with left(self._mode):
+                call: alike.Call[Read] = alike.Call(self._tx, subgraph, [repr(tree), *leaves])
+                found = call.found()
+        except alike.UnlikeError:
+            return self._read(name, subgraph, args, kwargs)[0]
+        if found is None:
+            with alike.looked_up(self._tx) as sources:
+                read, lifted = self._read(name, subgraph, args, kwargs, sources)
+            call.keep(read, read.graph, lifted, sources)
+            return read
+        read, proxies = found
+        self._note(proxies)
+        return dataclasses.replace(read, captured=tuple(proxy.node.meta["example_value"] for proxy in proxies))
+
+    def _note(self, proxies: Sequence[Proxy]) -> None:
+        for proxy in proxies:
+            self._proxies.setdefault(identity(proxy.node.meta["example_value"]), proxy)
+
+    def _read(
+        self, name: str, subgraph: Variable, args: object, kwargs: object, sources: set[Source] | None = None
+    ) -> tuple[Read, Sequence[Proxy]]:
         tx = self._tx
         leaves, tree = trees.flatten((args, kwargs))
         with left(self._mode):
@@ -174,7 +206,7 @@ class Frame:
             taken = [v for v, x in zip(variables, examples, strict=True) if isinstance(x, _INPUTS)]
             (_, spec), graph, lifted = hops.speculate_subgraph(
                 tx,
-                _Call(subgraph, tree, examples, variables, len(extra)),
+                _Call(subgraph, tree, examples, variables, len(extra), sources),
                 [*extra, *taken],
                 {},
                 name,
@@ -184,14 +216,13 @@ class Frame:
                 supports_aliasing=True,
             )
             self._mode.epoch += 1
-        for proxy in lifted:
-            self._proxies.setdefault(identity(proxy.node.meta["example_value"]), proxy)
+        self._note(list(lifted))
         run = GraphModule(dict(tx.output.nn_modules), graph)
         told = zip(spec.masks_to_filter_const_values or (), spec.const_values or (), strict=True)
         gives = tuple((constant,) if is_constant else None for is_constant, constant in told)
         tree = cast("Variable", spec.treespec).as_python_constant()
         captured = tuple(proxy.node.meta["example_value"] for proxy in lifted)
-        return Read(graph, run, len(inputs), made, captured, (tree, gives))
+        return Read(graph, run, len(inputs), made, captured, (tree, gives)), list(lifted)
 
     def close(self, read: Read, captured: Sequence[object]) -> GraphModule:
         """What was read as a graph of its arguments and of just these captured values, in this order.
@@ -361,10 +392,17 @@ class _Call(VariableTracker):
     """Calls a subgraph with the pytrees that its op's body called it with, made from the graph's flat inputs."""
 
     def __init__(
-        self, subgraph: Variable, tree: trees.Tree, examples: Sequence[object], leaves: Sequence[Variable], skip: int
+        self,
+        subgraph: Variable,
+        tree: trees.Tree,
+        examples: Sequence[object],
+        leaves: Sequence[Variable],
+        skip: int,
+        sources: set[Source] | None,
     ) -> None:
         super().__init__()
         self._subgraph, self._tree, self._examples, self._leaves, self._skip = subgraph, tree, examples, leaves, skip
+        self._sources = sources
 
     def call_function(
         self,
@@ -381,7 +419,10 @@ class _Call(VariableTracker):
         pair = _make_inlined(tx, pytree.tree_unflatten)(SourcelessBuilder.create(tx, leaves), tree)
         arguments, keywords = unpack_iterable(tx, pair)
         named = {key.vt.as_python_constant(): value for key, value in cast("ConstDictVariable", keywords).items.items()}
-        return self._subgraph.call_function(tx, unpack_iterable(tx, arguments), named)
+        result = self._subgraph.call_function(tx, unpack_iterable(tx, arguments), named)
+        if self._sources is not None:
+            self._sources.update(tx.output.current_tracer.traced_sources)
+        return result
 
 
 _INPUTS = (torch.Tensor, *sizes.SYMBOLIC)

@@ -123,6 +123,7 @@ class _Told:
 
     def __init__(self, frame: Frame, op: OpSpec) -> None:
         self._frame, self._op = frame, op
+        self.once = op.outline
         self.failed: tuple[str, Exception] | None = None
 
     def complain(self) -> None:
@@ -152,7 +153,7 @@ class _Subgraph:
         key = (_signature(takes, slots.inputs), *map(_closely, slots.inputs), torch.is_grad_enabled())
         if key not in self._read:
             try:
-                self._read[key] = self._frame.read(self._name, self._variable, args, kwargs)
+                self._read[key] = self._frame.read(self._name, self._variable, args, kwargs, once=self._told.once)
                 self._taken[key] = takes, slots.inputs
             except Exception as error:
                 self._told.failed = self._told.failed or (self._name, error)
