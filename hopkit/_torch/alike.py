@@ -118,6 +118,9 @@ class Call(Generic[R]):
             self._around.check(self._tx)
             if any(node.op == "get_attr" or "unbacked_bindings" in node.meta for node in graph.nodes):
                 return  # what belongs to one graph alone
+            symbolic = self._tx.output.shape_env.var_to_sources.values()
+            if any(_under(source, roots) for known in symbolic for source in known):
+                return  # a number that may change later is an input by its place, and has no guard of its value
             origins = [(self._origin(proxy), proxy.node.meta["example_value"]) for proxy in captured]
             sources = {*looked_up, *(origin for origin, _ in origins if isinstance(origin, Source))}
             values = [(source if _under(source, roots) else None, self._resolved(source)) for source in sources]
@@ -178,7 +181,7 @@ class Call(Generic[R]):
         if isinstance(example, sizes.SYMBOLIC):
             return str(example)
         argument = proxy.node.meta.get("grapharg")
-        if argument is None or argument.source is None:
+        if argument is None or argument.source is None or argument.pass_arg_as_tensor:
             raise UnlikeError
         return cast("Source", argument.source)
 
