@@ -67,3 +67,29 @@ def test_an_op_that_decides_on_a_value_cannot_be_packaged(tmp_path: Path) -> Non
     with pytest.raises(Exception, match="op 't_pick' cannot be packaged by AOTInductor"):
         aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
     same(torch.compile(Pick(), backend="eager", fullgraph=True)(torch.ones(3)), torch.ones(3).sin())
+
+
+def test_outlined_calls_are_packaged(tmp_path: Path) -> None:
+    """Code without Python calls no region: the body is inlined."""
+    from torch._inductor import aoti_compile_and_package, aoti_load_package  # loads torch's compiler
+
+    @hopkit.define("t_layer", outline=True)
+    def layer(body: Subgraph, x: Tensor) -> Tensor:
+        return body(x)
+
+    class Deep(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.layers = torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for one in self.layers:
+                x = layer(lambda y, one=one: torch.tanh(one(y)) + y, x)
+            return x
+
+    model, x = Deep().eval(), torch.linspace(-1.0, 1.0, 20).reshape(5, 4)
+    program = torch.export.export(model, (x,), strict=True)
+    assert nodes(program.graph_module, layer) == 3
+    path = aoti_compile_and_package(program, package_path=str(tmp_path / "deep.pt2"))
+    same(aoti_load_package(path)(x), model(x))
