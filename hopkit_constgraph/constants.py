@@ -131,8 +131,8 @@ def _reason(node: Node) -> str:
         return f"what else an operator of '{target.namespace}' does is not known"
     if "empty" in target.name():
         return "its memory holds whatever was there"
-    arguments = {argument.name: value for argument, value in zip(target._schema.arguments, node.args, strict=False)}
-    if any({**arguments, **node.kwargs}.get(name) is True for name in ("training", "train", "use_input_stats")):
+    given = _given(node)
+    if any(given.get(name) is True for name in ("training", "train", "use_input_stats")):
         return "it is in training mode"
     if not all(isinstance(n, int) for value in values(node) for n in value.shape):
         return "its size is known only when it has run"
@@ -164,13 +164,17 @@ def _written(graph: Graph) -> set[Node]:
             for taken in node.all_input_nodes[:1]:
                 owners[node] = taken
         if isinstance(node.target, OPERATOR):
-            for argument, value in zip(node.target._schema.arguments, node.args, strict=False):
-                if argument.alias_info is not None and argument.alias_info.is_write:
-                    written.update(owner(n) for n in _nodes(value))
+            given = _given(node)
             for argument in node.target._schema.arguments:
-                if argument.alias_info is not None and argument.alias_info.is_write and argument.name in node.kwargs:
-                    written.update(owner(n) for n in _nodes(node.kwargs[argument.name]))
+                if argument.alias_info is not None and argument.alias_info.is_write:
+                    written.update(map(owner, _nodes(given.get(argument.name))))
     return {node for node in graph.nodes if owner(node) in written}
+
+
+def _given(node: Node) -> dict[str, object]:
+    """What an operator is given, by the names in its schema."""
+    known = node.target._schema.arguments if isinstance(node.target, OPERATOR) else ()
+    return {**{argument.name: value for argument, value in zip(known, node.args, strict=False)}, **node.kwargs}
 
 
 def _nodes(value: object) -> list[Node]:
