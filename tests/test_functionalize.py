@@ -130,3 +130,16 @@ def test_dynamic_sizes_under_aot_autograd() -> None:
     )
     for size in (4, 5, 6):
         same(compiled(torch.ones(size, 3)), torch.full((size, 3), float(size**2)))
+
+
+@pytest.mark.parametrize("remove", ["mutations", "mutations_and_views"])
+def test_views_in_subgraphs_go_where_they_go_outside(remove: Any) -> None:
+    once = define_once()
+    body, op = (make_fx(functionalize(run, remove=remove))(X) for run in (turned, lambda x: once(turned, x)))
+    assert nodes(op, once) == 1
+    same(op(W), body(W))
+    assert op(W).stride() == body(W).stride()
+
+
+def turned(y: Tensor) -> Tensor:
+    return y.t().sin()

@@ -52,14 +52,20 @@ class Functionalizer(Protocol):
         """Let a wrapped tensor know what was written to its memory."""
 
 
+class _Transform(FunctorchFunctionalizeAPI):
+    """``torch.func.functionalize``. torch's own class takes "views" and "no views" for each other (2.13, 2.14)."""
+
+    def functionalize(self, inner_f: Callable[..., object]) -> Callable[..., object]:
+        views = self.interpreter.functionalize_add_back_views()
+        return torch.func.functionalize(inner_f, remove="mutations" if views else "mutations_and_views")
+
+
 def kernels(rule: Callable[..., object]) -> dict[Key, Kernel]:
     """``rule(functionalizer, *args)`` under torch's three entries."""
     return {
         DispatchKey.Functionalize: lambda *args, **kwargs: rule(CppFunctionalizeAPI(), *args, **kwargs),
         FunctionalTensorMode: lambda mode, /, *args, **kwargs: rule(PythonFunctionalizeAPI(mode), *args, **kwargs),
-        TransformType.Functionalize: lambda layer, /, *args, **kwargs: rule(
-            FunctorchFunctionalizeAPI(layer), *args, **kwargs
-        ),
+        TransformType.Functionalize: lambda layer, /, *args, **kwargs: rule(_Transform(layer), *args, **kwargs),
     }
 
 
