@@ -239,3 +239,18 @@ def test_a_derivative_that_is_recorded_inside_a_mode_may_be_differentiated() -> 
     want = slope(lambda f, x: f(x))(leaf)
     same(graph(leaf), want)
     same(torch.autograd.grad(graph(leaf).sum(), [leaf, weight]), torch.autograd.grad(want.sum(), [leaf, weight]))
+
+
+def test_no_grad_inside_a_transform_holds_around_it_too() -> None:
+    op, weight = define_once(), T.clone().requires_grad_()
+
+    def without(f: Called) -> Called:
+        def run(x: Tensor) -> object:
+            with torch.no_grad():
+                return make_fx(f)(x)(x)
+
+        return run
+
+    for f in (lambda y: y * weight, lambda x: op(lambda y: y * weight, x)):
+        value, *_ = torch.func.vjp(without(f), T)
+        assert not value.requires_grad

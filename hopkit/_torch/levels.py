@@ -157,11 +157,16 @@ class Gradients:
 
     def __init__(self, interpreter: GradInterpreter) -> None:
         self._interpreter, self._level = interpreter, interpreter.level()
+        self._backward, self._forward = torch.is_grad_enabled(), torch._C._is_fwd_grad_enabled()
 
     @contextlib.contextmanager
     def lower(self) -> Iterator[None]:
-        """Inside, this level is off, and those below it differentiate as they did around it."""
-        with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True), self._interpreter.lower():
+        """Inside, this level is off, and those below it differentiate as they did when it was met.
+
+        A step of the tape turns gradients off for all of them.
+        """
+        forward = forward_ad._set_fwd_grad_enabled(self._forward)
+        with torch.set_grad_enabled(self._backward), forward, self._interpreter.lower():
             yield
 
     def unwrap(self, value: T) -> T:
