@@ -32,7 +32,7 @@ NOTHING = (None,)
 
 def _code(graph: Callable[..., object]) -> Callable[..., object]:
     """What a graph does, and no call of a module: counters that follow modules know none for a subgraph in eager."""
-    return graph.forward if isinstance(graph, torch.fx.GraphModule) else graph
+    return sizes.readable(graph) if isinstance(graph, torch.fx.GraphModule) else graph
 
 
 def _is_slot(leaf: object) -> bool:

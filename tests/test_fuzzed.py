@@ -254,3 +254,13 @@ def test_no_grad_inside_a_transform_holds_around_it_too() -> None:
     for f in (lambda y: y * weight, lambda x: op(lambda y: y * weight, x)):
         value, *_ = torch.func.vjp(without(f), T)
         assert not value.requires_grad
+
+
+@pytest.mark.parametrize("transform", [torch.vmap, lambda f: torch.vmap(torch.func.grad(lambda x: f(x).sum()))])
+def test_a_batched_subgraph_reads_dynamic_sizes(transform: Callable[[Called], Called]) -> None:
+    op = define_once()
+    run = transform(lambda x: op(lambda y: y.sin() / (y.numel() + y.shape[0] + y.stride(0) + y.storage_offset()), x))
+    graph = make_fx(run, tracing_mode="symbolic")(X)
+    assert nodes(graph, op)
+    for x in (X, torch.cat([X, X], 1)):
+        same(graph(x), run(x))

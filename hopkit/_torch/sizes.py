@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import enum
 import re
+import weakref
 from collections.abc import Callable, Iterable, Set
+from types import MethodType
 from typing import TYPE_CHECKING, cast
 
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+from torch.fx import GraphModule
 
 if TYPE_CHECKING:
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -112,6 +115,28 @@ def unbacked(value: object) -> bool:
     from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
     return bool(free_unbacked_symbols(value))
+
+
+_READS = {
+    torch.ops.aten.sym_size.int: "size",
+    torch.ops.aten.sym_stride.int: "stride",
+    torch.ops.aten.sym_numel.default: "numel",
+    torch.ops.aten.sym_storage_offset.default: "storage_offset",
+}
+
+_readable: weakref.WeakKeyDictionary[GraphModule, tuple[str, Callable[..., object]]] = weakref.WeakKeyDictionary()
+
+
+def readable(graph: GraphModule) -> Callable[..., object]:
+    """What ``graph`` does, on batched tensors too: vmap knows no operator that reads a size (2.13, 2.14)."""
+    if graph not in _readable or _readable[graph][0] is not graph.code:
+        code = torch.fx.Graph()
+        code.output(code.graph_copy(graph.graph, {}))
+        for node in code.nodes:
+            if node.target in _READS:
+                node.op, node.target = "call_method", _READS[node.target]
+        _readable[graph] = graph.code, type(GraphModule(graph, code)).forward
+    return MethodType(_readable[graph][1], graph)
 
 
 def new_environment() -> ShapeEnv:
