@@ -11,7 +11,7 @@ import torch
 
 from hopkit import layout as layouts
 from hopkit import transform
-from hopkit._torch import schema, trees
+from hopkit._torch import schema, sizes, trees
 from hopkit._torch.autograd import computed, needs_gradient
 from hopkit._torch.fakes import Stage, outside_modes, together
 from hopkit._torch.functional import memory
@@ -311,7 +311,7 @@ class Call:
                 seen[index].append(tuple(map(stage.plain, inputs)))
                 function, before = self.graphs[index], len(watch.written)
                 with Substitute(stand_in) as mode:
-                    result = (function.plain if isinstance(function, Pure) else function)(*inputs)
+                    result = sizes.readable(function.plain if isinstance(function, Pure) else function)(*inputs)
                 told.append(mode.opaque)
                 given = [value for value in inputs if isinstance(value, torch.Tensor)]
                 writing.append(any(watch.wrote_to(value, since=before) for value in given))

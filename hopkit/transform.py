@@ -30,11 +30,6 @@ NOTHING = (None,)
 """What a node gives where its op gives no tensor: torch cannot make an operator functional that gives nothing."""
 
 
-def _code(graph: Callable[..., object]) -> Callable[..., object]:
-    """What a graph does, and no call of a module: counters that follow modules know none for a subgraph in eager."""
-    return sizes.readable(graph) if isinstance(graph, torch.fx.GraphModule) else graph
-
-
 def _is_slot(leaf: object) -> bool:
     return isinstance(leaf, Slot)
 
@@ -67,7 +62,7 @@ class Replayed:
                 slots = variant.match(leaves, tree, self._symbols, equal)
                 if slots is not None:
                     captures = [self._inputs[i] for i in variant.captures]
-                    outputs = cast("Sequence[object]", _code(self._graphs[variant.graph])(*slots, *captures))
+                    outputs = cast("Sequence[object]", sizes.readable(self._graphs[variant.graph])(*slots, *captures))
                     return fill(variant.gives, [*outputs, *reversed(slots)])
         recorded = "; ".join(variant.describe() for variant in self._variants) or "nothing, it was never called"
         found = arguments()
@@ -149,7 +144,7 @@ def flat(
         return given or NOTHING
 
     def part(inputs: Sequence[object]) -> tuple[object, ...]:
-        return tuple(cast("Sequence[object]", _code(graphs[0])(*inputs)))
+        return tuple(cast("Sequence[object]", sizes.readable(graphs[0])(*inputs)))
 
     result: Flat = run
     for name, *rest in layout.transforms:

@@ -127,8 +127,13 @@ _READS = {
 _readable: weakref.WeakKeyDictionary[GraphModule, tuple[str, Callable[..., object]]] = weakref.WeakKeyDictionary()
 
 
-def readable(graph: GraphModule) -> Callable[..., object]:
-    """What ``graph`` does, on batched tensors too: vmap knows no operator that reads a size (2.13, 2.14)."""
+def readable(graph: Callable[..., object]) -> Callable[..., object]:
+    """What ``graph`` does, on batched tensors too: vmap knows no operator that reads a size (2.13, 2.14).
+
+    It is no call of a module: counters that follow modules know none for a subgraph in eager.
+    """
+    if not isinstance(graph, GraphModule):
+        return graph
     if graph not in _readable or _readable[graph][0] is not graph.code:
         code = torch.fx.Graph()
         code.output(code.graph_copy(graph.graph, {}))

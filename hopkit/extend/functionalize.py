@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 
-from hopkit._torch import effects, functional, tracing
+from hopkit._torch import effects, functional, sizes, tracing
 from hopkit._torch.functional import Functionalizer, active, assign, assignable
 from hopkit.call import Call, GraphLike, Pure
 from hopkit.extend.proxy import trace
@@ -32,7 +32,7 @@ class FunctionalizeRule(Protocol):
 
 def pure(layer: Functionalizer, graph: GraphLike) -> GraphLike:
     """``graph`` without mutation, but for what it leaves in its inputs: that is copied there in the end."""
-    return Pure(functional.functionalized(layer, graph), graph)
+    return Pure(functional.functionalized(layer, sizes.readable(graph)), graph)
 
 
 def automatic(layer: Functionalizer, call: Call) -> object:
