@@ -17,7 +17,7 @@ from typing_extensions import ParamSpec, TypeVar
 from hopkit import binding, install, layout, live
 from hopkit._torch import dynamo, inductor, keys, state, trees
 from hopkit._torch.autograd import needs_gradient, raise_in_backward
-from hopkit._torch.checkpoint import decided
+from hopkit._torch.checkpoint import decided, stays
 from hopkit._torch.fakes import bound, rehearsing
 from hopkit._torch.operator import Operator
 from hopkit._torch.operator import Place as TorchPlace
@@ -286,8 +286,9 @@ class Op(Generic[P, R]):
             return True
         if self._declared(operands):
             return True
-        if any(type(mode) in self._asking.modes or state.takes_ops(mode) for mode in state.dispatch_modes()):
-            return True
+        for mode in state.dispatch_modes():
+            if type(mode) in self._asking.modes or (state.takes_ops(mode) and stays(mode)):
+                return True
         subclasses = self._asking.subclasses
         return bool(subclasses) and any(isinstance(leaf, subclasses) for leaf in trees.leaves(operands))
 

@@ -177,3 +177,37 @@ def test_a_policy_that_raises_leaves_nothing_behind() -> None:
     with pytest.raises(ArithmeticError, match="mine"):
         trained(region(twice, policy))
     same(trained(region(twice, None))[0], trained(region(plain, None))[0])
+
+
+class Whole(TorchDispatchMode):
+    """A mode that takes any operator whole."""
+
+    supports_higher_order_operators = True
+
+    def __torch_dispatch__(self, func: Any, types: object, args: Any = (), kwargs: Any = None) -> object:
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_mode_around_a_checkpoint_may_be_over_in_backward() -> None:
+    run = region(define_twice(), None)
+
+    def seen(x: Tensor, w: Tensor) -> object:
+        with Whole():  # type: ignore[no-untyped-call] # torch's own
+            return run(x, w)
+
+    same(trained(seen)[0], trained(region(plain, None))[0])
+
+
+def test_a_policy_sees_the_inside_alone_of_an_op_that_decomposes() -> None:
+    seen: list[str] = []
+    op = define_twice()
+
+    def call(body: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        with hopkit.decompose(op):
+            return op(body, x)
+
+    found, ran = trained(region(call, about("aten.mm", CheckpointPolicy.MUST_SAVE, seen)))
+    wanted, expected = trained(region(plain, about("aten.mm", CheckpointPolicy.MUST_SAVE)))
+    same(found, wanted)
+    assert ran == expected
+    assert seen == ["aten.mm.default", "aten.sin.default"] * 2 + ["aten.mul.Tensor", "aten.cos.default"]

@@ -1,15 +1,24 @@
-"""Selective activation checkpointing (torch/utils/checkpoint.py): its policy is asked about an op before its inside."""
+"""Activation checkpointing (torch/utils/checkpoint.py). A selective policy is asked about an op before its inside."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
+import torch
+from torch.utils import checkpoint
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, SelectiveCheckpointContext, _CachingTorchDispatchMode
 
 from hopkit._torch.state import dispatch_modes
 
 _LEFT_TO_THE_INSIDE = (CheckpointPolicy.PREFER_RECOMPUTE, False)
+
+
+def stays(mode: TorchDispatchMode) -> bool:
+    """Whether a mode is active again when what runs now is computed again. One around a checkpoint may be over then."""
+    hooks: Sequence[Callable[..., object]] | None = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return not hooks or hooks[0].__module__ != checkpoint.__name__ or type(mode).__module__ == checkpoint.__name__
 
 
 @contextlib.contextmanager
