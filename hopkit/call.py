@@ -12,7 +12,7 @@ import torch
 from hopkit import layout as layouts
 from hopkit import transform
 from hopkit._torch import schema, sizes, trees
-from hopkit._torch.autograd import computed, needs_gradient
+from hopkit._torch.autograd import computed, differentiable, needs_gradient
 from hopkit._torch.fakes import Stage, outside_modes, together
 from hopkit._torch.functional import memory
 from hopkit._torch.watch import Same, Substitute, Watch, custom_backward, sources
@@ -66,6 +66,7 @@ class Rehearsal:
     Args:
         examples: Per graph, stand-ins of the inputs that it is called with.
         random: Whether random numbers are drawn.
+        handwritten: What part has a derivative of its own, as far as its inputs require a gradient, or "".
         opaque: Why a recorded graph cannot be differentiated, or "".
         outputs: Stand-ins of what the call gives.
         sources: Per output, the inputs that it has a gradient for. None: nobody knows.
@@ -75,6 +76,7 @@ class Rehearsal:
 
     examples: tuple[tuple[object, ...], ...]
     random: bool
+    handwritten: str
     opaque: str
     outputs: object
     sources: tuple[tuple[int, ...], ...] | None
@@ -298,6 +300,9 @@ class Call:
     @functools.cached_property
     def rehearsal(self) -> Rehearsal:
         """What the call does, learnt by running it once on stand-ins."""
+        return self._rehearsed(lambda fake: fake)
+
+    def _rehearsed(self, given: Callable[[object], object]) -> Rehearsal:
         stage, watch, declared = Stage(self.inputs), Watch(), () if self.transformed else self.declared
         seen: dict[int, list[tuple[object, ...]]] = {i: [] for i in range(len(self.graphs))}
         told: list[str] = []
@@ -320,20 +325,20 @@ class Call:
             return graph
 
         with stage.open():
-            fakes = tuple(map(stand_in, self.inputs))
+            fakes = tuple(given(stand_in(value)) for value in self.inputs)
             # What requires a gradient and is written to was computed, or gradients are off where it counts.
             fakes = tuple(_writable(fake) if i in declared else fake for i, fake in enumerate(fakes))
             rehearsed = self.replace(graphs=[probe(i) for i in range(len(self.graphs))], inputs=fakes)
             with watch:
                 outputs = rehearsed.like_body()
-            opaque = custom_backward(trees.leaves(outputs)) or next(filter(None, told), "")
+            handwritten = custom_backward(trees.leaves(outputs))
             examples = tuple(self._example(index, calls, fakes, stage) for index, calls in seen.items())
             # What was rehearsed is then the op itself, and not what a transform made of it.
             unknown = self.transformed and self.op.inputs is not None
             reached = None if unknown else tuple(sources(output, fakes) for output in trees.leaves(outputs))
             written = frozenset(i for i in declared if watch.wrote_to(cast("torch.Tensor", fakes[i])))
-        opaque = opaque or watch.opaque
-        return Rehearsal(examples, watch.random, opaque, outputs, reached, written, any(writing))
+        opaque = handwritten or next(filter(None, told), "") or watch.opaque
+        return Rehearsal(examples, watch.random, handwritten, opaque, outputs, reached, written, any(writing))
 
     def _example(
         self, index: int, calls: Sequence[tuple[object, ...]], inputs: Sequence[object], stage: Stage
@@ -364,6 +369,11 @@ class Call:
             return "it draws random numbers"
         return self.rehearsal.opaque
 
+    @property
+    def handwritten(self) -> str:
+        """What part has a derivative of its own, which is not that of the operators in a graph, or ""."""
+        return self._rehearsed(_leaf).handwritten
+
     def like_body(self) -> object:
         """What the call gives, on stand-ins. An op that decides on values declares it: ``inputs=`` and ``outputs=``."""
         if self.op.inputs is None or self.part:
@@ -375,6 +385,10 @@ class Call:
         written = self.layout.transforms[0][1] if self.transformed and not self.derivative else ()
         copies = (torch.empty_like(cast("torch.Tensor", self.inputs[i])) for i in cast("tuple[int, ...]", written))
         return (*([leaves[i] for i in self.layout.outputs] or transform.NOTHING), *copies)
+
+
+def _leaf(fake: object) -> object:
+    return fake.detach().requires_grad_() if isinstance(fake, torch.Tensor) and differentiable(fake) else fake
 
 
 def _writable(fake: object) -> object:

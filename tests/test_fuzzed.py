@@ -151,12 +151,28 @@ class Tenfold(torch.autograd.Function):
     """With a derivative that is not its own."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
+    def forward(x: Tensor) -> Tensor:
         return x * 10
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[object, ...], output: object) -> None:
+        """Nothing is saved."""
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         return gradient * 7
+
+    @staticmethod
+    def vmap(info: object, in_dims: tuple[int | None, ...], x: Tensor) -> tuple[Tensor, int | None]:
+        return x * 10, in_dims[0]
+
+    @staticmethod
+    def jvp(ctx: object, tangent: Tensor) -> Tensor:
+        return tangent * 7
+
+
+def tenfold(x: Tensor) -> Tensor:
+    return cast("Tensor", Tenfold.apply(x))  # type: ignore[no-untyped-call] # torch's own
 
 
 def test_export_of_a_derivative_that_is_written_by_hand_in_a_subgraph() -> None:
@@ -166,7 +182,7 @@ def test_export_of_a_derivative_that_is_written_by_hand_in_a_subgraph() -> None:
     class Slope(torch.nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             leaf = x.detach().requires_grad_()
-            return torch.autograd.grad(op(Tenfold.apply, leaf).sum(), leaf)[0]
+            return torch.autograd.grad(op(tenfold, leaf).sum(), leaf)[0]
 
     with pytest.raises(hopkit.AutogradError, match="cannot be differentiated inside an exported program: it has"):
         torch.export.export(Slope(), (T,), strict=False)
@@ -265,3 +281,12 @@ def test_a_batched_subgraph_reads_dynamic_sizes(transform: Callable[[Called], Ca
         assert nodes(graph, op)
         for x in (X, torch.cat([X, X], 1), torch.cat([X, X], 1).requires_grad_()):
             same(graph(x), run(x))
+
+
+@pytest.mark.parametrize("transform", [torch.func.jacfwd, lambda f: lambda x: torch.func.jvp(f, (x,), (x,))])
+def test_a_recorded_jvp_of_a_derivative_of_its_own(transform: Callable[[Called], Called]) -> None:
+    op = define_once()
+    run = transform(lambda x: op(tenfold, x).sin())
+    graph = make_fx(run)(T)
+    assert nodes(graph, op) == 0
+    same(graph(T * 2), transform(lambda x: tenfold(x).sin())(T * 2))

@@ -16,6 +16,8 @@ def hopkit_jvp_rule(op: OpSpec) -> Rule:
 def transform(level: Tangents, call: Call) -> object:
     """Hand the tangents over as inputs of their own, and take those of the outputs from behind them."""
     inputs, tangents = level.unpack(call.inputs)
+    if tangents and call.handwritten:
+        return call.run()  # forward-mode AD sees the body instead
     outputs = call.rehearsal.outputs
     assert isinstance(outputs, tuple)
     given = [i for i, output in enumerate(outputs) if differentiable(output)] if tangents else []
