@@ -13,6 +13,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 import hopkit
 from hopkit.extend.mode import TorchDispatchMode
+from tests.modes import Passing
 from tests.recording import define_twice, same
 
 pytestmark = [
@@ -179,20 +180,11 @@ def test_a_policy_that_raises_leaves_nothing_behind() -> None:
     same(trained(region(twice, None))[0], trained(region(plain, None))[0])
 
 
-class Whole(TorchDispatchMode):
-    """A mode that takes any operator whole."""
-
-    supports_higher_order_operators = True
-
-    def __torch_dispatch__(self, func: Any, types: object, args: Any = (), kwargs: Any = None) -> object:
-        return func(*args, **(kwargs or {}))
-
-
 def test_a_mode_around_a_checkpoint_may_be_over_in_backward() -> None:
     run = region(define_twice(), None)
 
     def seen(x: Tensor, w: Tensor) -> object:
-        with Whole():  # type: ignore[no-untyped-call] # torch's own
+        with Passing(whole=True):
             return run(x, w)
 
     same(trained(seen)[0], trained(region(plain, None))[0])

@@ -12,7 +12,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import hopkit
 from hopkit import Subgraph
+from hopkit._torch import trees
 from hopkit.extend.mode import TorchDispatchMode
+from tests.modes import Boxed
 from tests.recording import define_once, nodes, record, same
 
 pytestmark = pytest.mark.usefixtures("hopkit_fresh")
@@ -290,3 +292,15 @@ def test_a_recorded_jvp_of_a_derivative_of_its_own(transform: Callable[[Called],
     graph = make_fx(run)(T)
     assert nodes(graph, op) == 0
     same(graph(T * 2), transform(lambda x: tenfold(x).sin())(T * 2))
+
+
+@pytest.mark.parametrize("transform", [_forward, _reverse, _mapped, _functional])
+def test_a_transform_of_a_subclass_is_recorded(transform: Callable[[Called], object]) -> None:
+    op = define_once()
+
+    def run(x: Tensor) -> object:
+        result = transform(lambda y: op(torch.sin, Boxed(x) * y))
+        return trees.map_only(Boxed, lambda t: t.held, result)
+
+    graph = record(run, T.clone())
+    same(graph(T * 2), run(T * 2))

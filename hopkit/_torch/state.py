@@ -7,7 +7,7 @@ from typing import cast
 
 import torch
 from torch._C import DispatchKey
-from torch._C._functorch import TransformType, get_unwrapped, is_functorch_wrapped_tensor
+from torch._C._functorch import TransformType
 from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import (
 )
 
 from hopkit._torch import trees
+from hopkit._torch.levels import base
 
 _stack_len = torch._C._len_torch_dispatch_stack
 _included = torch._C._dispatch_tls_is_dispatch_key_included
@@ -135,9 +136,7 @@ def tracked() -> Container[torch.Tensor]:
 
 def is_tracked(value: object) -> bool:
     """Whether the tensor came in through a tracer, and is no constant to it."""
-    while isinstance(value, torch.Tensor) and is_functorch_wrapped_tensor(value):
-        value = get_unwrapped(value)
-    return isinstance(value, (FunctionalTensor, FakeTensor))
+    return isinstance(value, torch.Tensor) and isinstance(base(value), (FunctionalTensor, FakeTensor))
 
 
 def autocasting() -> bool:
@@ -164,8 +163,8 @@ def only_device(values: Iterable[object]) -> str:
 
 
 def foreign(value: object) -> bool:
-    """Whether this is a tensor subclass that wants to see the inside of an op."""
-    return isinstance(value, torch.Tensor) and type(value) not in _KNOWN
+    """Whether this is a tensor subclass, or a transform's tensor of one, that wants to see the inside of an op."""
+    return isinstance(value, torch.Tensor) and type(base(value)) not in _KNOWN
 
 
 def beyond_recording(leaves: Iterable[object]) -> bool:

@@ -15,14 +15,15 @@ from functorch.compile import aot_function, nop  # type: ignore[import-untyped] 
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 import hopkit
 from hopkit._torch import trees
 from hopkit._torch.fakes import FakeMode
+from hopkit._torch.levels import inside
 from hopkit.extend.mode import TorchDispatchMode
 from tests.fuzz.program import Layer
+from tests.modes import Boxed, Looking, Passing
 
 Run = Callable[..., Any]
 """A function of tensors that gives a pytree."""
@@ -100,6 +101,18 @@ def direction(t: Tensor) -> Tensor:
     return (t.detach() * 3 + 1).cos()
 
 
+def others(ts: Sequence[Tensor]) -> list[Tensor]:
+    """Tensors like these with other values, to record on: what is wrongly taken for a constant is seen then."""
+    return [_other(t) if type(t) is Tensor and t.is_floating_point() and not inside(t) else t for t in ts]
+
+
+def _other(t: Tensor) -> Tensor:
+    memory = t.untyped_storage().clone()
+    torch.empty(0, dtype=t.dtype).set_(memory).mul_(0.5).add_(0.25)
+    other = torch.empty(0, dtype=t.dtype).set_(memory, t.storage_offset(), t.size(), t.stride())
+    return other.requires_grad_(t.requires_grad)
+
+
 # -- layers that change nothing --------------------------------------------------------------------------------------
 
 
@@ -111,21 +124,21 @@ def eager(run: Run, a: int, b: int) -> Run:
 @layer(8)
 def traced(run: Run, a: int, b: int) -> Run:
     modes: tuple[Literal["real", "fake", "symbolic"], ...] = ("real", "fake", "symbolic", "real")
-    return lambda *ts: make_fx(lambda *us: run(*us), tracing_mode=modes[b])(*ts)(*ts)
+    return lambda *ts: make_fx(lambda *us: run(*us), tracing_mode=modes[b])(*others(ts))(*ts)
 
 
 @layer(1)
 def retraced(run: Run, a: int, b: int) -> Run:
     def traced_twice(*ts: Tensor) -> Any:
-        graph = make_fx(lambda *us: run(*us), tracing_mode=("real", "symbolic")[b % 2])(*ts)
-        return make_fx(graph)(*ts)(*ts)
+        graph = make_fx(lambda *us: run(*us), tracing_mode=("real", "symbolic")[b % 2])(*others(ts))
+        return make_fx(graph)(*others(ts))(*ts)
 
     return traced_twice
 
 
 @layer(1)
 def flattened(run: Run, a: int, b: int) -> Run:
-    return lambda *ts: hopkit.flatten(make_fx(lambda *us: run(*us))(*ts))(*ts)
+    return lambda *ts: hopkit.flatten(make_fx(lambda *us: run(*us))(*others(ts)))(*ts)
 
 
 @layer(4)
@@ -138,20 +151,6 @@ def functionalized(run: Run, a: int, b: int) -> Run:
 @layer(2)
 def checkpointed(run: Run, a: int, b: int) -> Run:
     return lambda *ts: checkpoint(run, *ts, use_reentrant=False)
-
-
-class Passing(TorchDispatchMode):
-    def __init__(self, whole: bool) -> None:
-        super().__init__()  # type: ignore[no-untyped-call] # torch's own
-        self.supports_higher_order_operators = whole
-
-    def __torch_dispatch__(self, func: Any, types: object, args: Any = (), kwargs: Any = None) -> Any:
-        return func(*args, **(kwargs or {}))
-
-
-class Looking(TorchFunctionMode):
-    def __torch_function__(self, func: Any, types: object, args: Any = (), kwargs: Any = None) -> Any:
-        return func(*args, **(kwargs or {}))
 
 
 @layer(2)
@@ -170,36 +169,6 @@ def within(mode: Callable[[], contextlib.AbstractContextManager[Any]], run: Run)
             return run(*ts)
 
     return inside
-
-
-class Boxed(Tensor):
-    """A wrapper subclass."""
-
-    held: Tensor
-
-    @staticmethod
-    def __new__(cls, held: Tensor) -> Boxed:
-        return torch.Tensor._make_wrapper_subclass(
-            cls, held.shape, held.stride(), held.storage_offset(), dtype=held.dtype, requires_grad=held.requires_grad
-        )
-
-    def __init__(self, held: Tensor) -> None:
-        self.held = held
-
-    def __repr__(self) -> str:  # type: ignore[override] # torch's own takes an option
-        return f"Boxed({self.held})"
-
-    def __tensor_flatten__(self) -> tuple[list[str], None]:
-        return ["held"], None
-
-    @staticmethod
-    def __tensor_unflatten__(inner: dict[str, Tensor], meta: object, size: object, stride: object) -> Boxed:
-        return Boxed(inner["held"])
-
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, types: object, args: Any = (), kwargs: Any = None) -> object:  # type: ignore[override] # torch's stub leaves out the operator
-        inner: Any = trees.map_only(Boxed, lambda t: t.held, (args, dict(kwargs or {})))
-        return trees.map_only(Tensor, Boxed, func(*inner[0], **inner[1]))
 
 
 @layer(2)
@@ -238,7 +207,7 @@ def exported(run: Run, a: int, b: int) -> Run:
         def forward(self, *ts: Tensor) -> Any:
             return run(*ts)
 
-    return lambda *ts: torch.export.export(Model(), ts, strict=False).module()(*ts)
+    return lambda *ts: torch.export.export(Model(), tuple(others(ts)), strict=False).module()(*ts)
 
 
 # -- layers that are seen --------------------------------------------------------------------------------------------
