@@ -8,6 +8,7 @@ from typing import Any, cast
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import hopkit
@@ -228,7 +229,7 @@ def test_an_op_that_gives_no_tensor_in_a_batch() -> None:
         return x * 2
 
     graph = record(torch.vmap(run), X)
-    same(graph(X), X * 2)
+    same(graph(T + 1), (T + 1) * 2)
 
 
 class _Passing(TorchDispatchMode):
@@ -304,3 +305,11 @@ def test_a_transform_of_a_subclass_is_recorded(transform: Callable[[Called], obj
 
     graph = record(run, T.clone())
     same(graph(T * 2), run(T * 2))
+
+
+def test_nobody_records_that_an_op_asks_for_dual_numbers() -> None:
+    op, fixed = define_once(), T.clone()
+    with forward_ad.dual_level():
+        graph = make_fx(lambda x: op(lambda y: (y * 2, fixed), x)[0], tracing_mode="fake")(T)
+    assert not graph.graph.find_nodes(op="call_function", target=torch.ops.aten.alias.default)
+    same(graph(T + 1), (T + 1) * 2)

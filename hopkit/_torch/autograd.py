@@ -12,6 +12,7 @@ import torch
 from torch._functorch.utils import enable_single_level_autograd_function, unwrap_dead_wrappers
 from torch.autograd import forward_ad
 from torch.autograd.function import FunctionCtx, _SingleLevelFunction
+from torch.utils._python_dispatch import _disable_current_modes
 
 from hopkit._torch import levels, trees
 
@@ -37,9 +38,10 @@ def level_is_off(below: bool) -> Iterator[None]:
 
 def dual(values: Sequence[object]) -> bool:
     """Whether one of these tensors has a tangent."""
-    return forward_ad._current_level >= 0 and any(
-        isinstance(value, torch.Tensor) and forward_ad.unpack_dual(value).tangent is not None for value in values
-    )
+    if forward_ad._current_level < 0:
+        return False
+    with _disable_current_modes():  # nobody is to record the question
+        return any(isinstance(v, torch.Tensor) and forward_ad.unpack_dual(v).tangent is not None for v in values)
 
 
 def needs_gradient(values: Sequence[object]) -> bool:
