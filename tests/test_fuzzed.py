@@ -16,7 +16,7 @@ from hopkit import Subgraph
 from hopkit._torch import trees
 from hopkit.extend.mode import TorchDispatchMode
 from tests.modes import Boxed
-from tests.recording import define_once, nodes, record, same
+from tests.recording import define_once, define_twice, nodes, record, same
 
 pytestmark = pytest.mark.usefixtures("hopkit_fresh")
 
@@ -229,7 +229,7 @@ def test_an_op_that_gives_no_tensor_in_a_batch() -> None:
         return x * 2
 
     graph = record(torch.vmap(run), X)
-    same(graph(T + 1), (T + 1) * 2)
+    same(graph(X), X * 2)
 
 
 class _Passing(TorchDispatchMode):
@@ -313,3 +313,11 @@ def test_nobody_records_that_an_op_asks_for_dual_numbers() -> None:
         graph = make_fx(lambda x: op(lambda y: (y * 2, fixed), x)[0], tracing_mode="fake")(T)
     assert not graph.graph.find_nodes(op="call_function", target=torch.ops.aten.alias.default)
     same(graph(T + 1), (T + 1) * 2)
+
+
+def test_a_compiled_op_within_an_op_inside_vmap() -> None:
+    op, inner = define_once(), define_twice()
+    compiled = torch.compile(
+        lambda x: op(lambda y: inner(lambda z: z.sin() * y, y), x), backend="eager", fullgraph=True
+    )
+    same(torch.vmap(lambda x: compiled(x))(X), X.sin().mul(X).sin() * X)

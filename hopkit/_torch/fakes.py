@@ -94,15 +94,17 @@ class Stage:
 @contextlib.contextmanager
 def left(mode: FakeTensorMode) -> Iterator[None]:
     """Off the stage for a while: what runs inside runs as around the rehearsal, and new symbols of ``mode`` count."""
-    token = _rehearsing.set(False)
+    cleared = _levels.get()
+    token, level = _rehearsing.set(False), _levels.set(())  # nothing is left to restore
     shapes = mode.shape_env
     ignored = shapes._ignore_fresh_unbacked_symbols_set(False) if shapes else False
     try:
-        with _disable_current_modes(), _no_function_modes(), temporarily_restore_interpreter_stack(list(_levels.get())):
+        with _disable_current_modes(), _no_function_modes(), temporarily_restore_interpreter_stack(list(cleared)):
             yield
     finally:
         if shapes:
             shapes._ignore_fresh_unbacked_symbols_set(ignored)
+        _levels.reset(level)
         _rehearsing.reset(token)
 
 
