@@ -321,3 +321,27 @@ def test_a_compiled_op_within_an_op_inside_vmap() -> None:
         lambda x: op(lambda y: inner(lambda z: z.sin() * y, y), x), backend="eager", fullgraph=True
     )
     same(torch.vmap(lambda x: compiled(x))(X), X.sin().mul(X).sin() * X)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("inside", [slope, torch.vmap(torch.sin)])
+def test_a_compiled_subgraph_transforms_what_it_closes_over(inside: Called, backend: str) -> None:
+    # The graph that Dynamo had read entered a transform, met the reason to decompose, and never left it.
+    op, fixed = define_once(), T.clone()
+    compiled = torch.compile(lambda x: op(lambda y: y * inside(fixed), x), backend=backend, fullgraph=True)
+    with pytest.warns(hopkit.HopkitWarning, match="applies a transform of torch.func to what it closes over"):
+        same(compiled(X), X * inside(fixed))
+
+
+@pytest.mark.filterwarnings("ignore:A model attribute")  # torch's own word on the constant
+def test_export_inside_a_derivative() -> None:
+    op, fixed = define_once(), T.double().requires_grad_()
+
+    class Model(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return op(lambda y: y * x * fixed, x)
+
+    def slope_of(f: Called) -> Tensor:
+        return cast("Tensor", torch.func.grad(lambda x: f(x).sum())(T))
+
+    same(slope_of(lambda x: torch.export.export(Model(), (x,), strict=False).module()(x)), slope_of(Model()))

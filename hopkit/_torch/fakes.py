@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import _disable_current_modes, is_traceable_wr
 
 from hopkit._torch import sizes, trees
 from hopkit._torch.autograd import tied
+from hopkit._torch.levels import cleared
 
 FakeMode = FakeTensorMode
 
@@ -49,7 +50,7 @@ class Stage:
         """
         with (
             suspend_functionalization(),
-            temporarily_clear_interpreter_stack() as levels,
+            cleared() as levels,
             _disable_current_modes(),
             _no_function_modes(),
             autograd_on(),
@@ -94,12 +95,12 @@ class Stage:
 @contextlib.contextmanager
 def left(mode: FakeTensorMode) -> Iterator[None]:
     """Off the stage for a while: what runs inside runs as around the rehearsal, and new symbols of ``mode`` count."""
-    cleared = _levels.get()
+    levels = _levels.get()
     token, level = _rehearsing.set(False), _levels.set(())  # nothing is left to restore
     shapes = mode.shape_env
     ignored = shapes._ignore_fresh_unbacked_symbols_set(False) if shapes else False
     try:
-        with _disable_current_modes(), _no_function_modes(), temporarily_restore_interpreter_stack(list(cleared)):
+        with _disable_current_modes(), _no_function_modes(), temporarily_restore_interpreter_stack(list(levels)):
             yield
     finally:
         if shapes:
@@ -141,11 +142,6 @@ def _no_function_modes() -> Iterator[None]:
 def outside_modes() -> contextlib.AbstractContextManager[object]:
     """Inside, no dispatch mode is active."""
     return _disable_current_modes()
-
-
-def outside_transforms() -> contextlib.AbstractContextManager[object]:
-    """Inside, no transform of torch.func is active."""
-    return cast("contextlib.AbstractContextManager[object]", temporarily_clear_interpreter_stack())
 
 
 def unfunctional(tensor: torch.Tensor) -> torch.Tensor:

@@ -19,6 +19,7 @@ from torch._functorch.pyfunctorch import (
     JvpInterpreter,
     VmapInterpreter,
     retrieve_all_functorch_interpreters,
+    temporarily_clear_interpreter_stack,
 )
 from torch.autograd import forward_ad
 
@@ -53,6 +54,36 @@ def inside(value: object) -> bool:
 def differentiating() -> bool:
     """Whether a transform of torch.func that differentiates is active."""
     return any(interpreter.key() in (GRAD, JVP) for interpreter in retrieve_all_functorch_interpreters())
+
+
+@contextlib.contextmanager
+def cleared() -> Iterator[Sequence[object]]:
+    """Inside, no transform is active; gives those that were.
+
+    Recorded code enters a transform and leaves it in two steps. What it has not left when it raises is left here.
+    """
+    allowed, duals = _functorch.get_inplace_requires_grad_allowed(), _has_duals()
+    disabled = torch._C._autograd._saved_tensors_hooks_get_disabled_error_message()
+    with temporarily_clear_interpreter_stack() as levels:
+        try:
+            yield levels
+        except BaseException:
+            while (interpreter := top()) is not None:
+                _LEAVE[interpreter.key()]()
+            _functorch.set_inplace_requires_grad_allowed(allowed)
+            if not duals and _has_duals():
+                torch._C._exit_dual_level(level=_DUAL)
+            if disabled is None:
+                torch._C._autograd._saved_tensors_hooks_enable()
+            raise
+
+
+_LEAVE = {
+    VMAP: _functorch._vmap_decrement_nesting,
+    JVP: _functorch._jvp_decrement_nesting,
+    GRAD: _functorch._grad_decrement_nesting,
+    TransformType.Functionalize: _functorch._func_decrement_nesting,
+}
 
 
 @contextlib.contextmanager

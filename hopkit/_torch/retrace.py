@@ -13,7 +13,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 
-from hopkit._torch import fakes, trees
+from hopkit._torch import fakes, levels, trees
 from hopkit._torch.autograd import computed, differentiable
 from hopkit._torch.watch import Lossy, custom_backward
 
@@ -59,7 +59,7 @@ def retrace(
             watch.reason = custom_backward(trees.leaves(result)) or watch.reason
         return result
 
-    with fakes.outside_transforms(), _mode_of(examples) as mode, fakes.unhooked():
+    with levels.cleared(), _mode_of(examples) as mode, fakes.unhooked():
         inputs = list(examples)
         for i, example in enumerate(examples):
             if isinstance(example, torch.Tensor):

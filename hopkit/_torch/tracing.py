@@ -24,7 +24,7 @@ from torch.fx.experimental.proxy_tensor import (
 )
 from torch.utils.checkpoint import CheckpointPolicy
 
-from hopkit._torch import fakes, sizes, trees
+from hopkit._torch import fakes, levels, sizes, trees
 from hopkit._torch.autograd import computed
 
 T = TypeVar("T")
@@ -66,10 +66,12 @@ class Tracer:
                 fake = fakes.stand_in(example, mode)
                 return fake if example.is_leaf else computed(fake)
 
-            inputs = trees.map_only(torch.Tensor, stand_in, tuple(examples))
             inside = contextlib.nullcontext() if self._fake_mode else mode
-            with inside, fakes.autograd_on(), fakes.unhooked(), torch.set_grad_enabled(gradients):
-                graph = reenter_make_fx(function)(*cast("tuple[object, ...]", inputs))
+            # Transforms that are active are around the program that is recorded.
+            with levels.cleared(), fakes.autograd_on(), fakes.unhooked():
+                inputs = trees.map_only(torch.Tensor, stand_in, tuple(examples))
+                with inside, torch.set_grad_enabled(gradients):
+                    graph = reenter_make_fx(function)(*cast("tuple[object, ...]", inputs))
             _tidy(graph)
             known[key] = self.register(name, graph)
         return cast("GraphModule", getattr(self._tracer.root, known[key]))
