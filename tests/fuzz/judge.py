@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import linecache
 import signal
 import sys
@@ -15,6 +16,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch._dynamo.symbolic_convert import TensorifyState
 
 import hopkit
 from hopkit._torch import trees
@@ -70,8 +72,22 @@ class Result:
 
 
 def program(seed: str) -> Program:
-    """The program of a seed."""
-    random = Random(seed)
+    """The program of a seed: the first that runs in plain eager PyTorch."""
+    drawn = (_drawn(Random(f"{seed}/{number}" if number else seed)) for number in itertools.count())
+    return next(filter(_runs, drawn))
+
+
+def _runs(made: Program) -> bool:
+    with warnings.catch_warnings(), torch.random.fork_rng():
+        warnings.simplefilter("ignore")
+        try:
+            _run(made, _build(made, plain=True), visible=True)
+        except Exception:
+            return False
+    return True
+
+
+def _drawn(random: Random) -> Program:
     made = generate(random, WEIGHTS)
     made = dataclasses.replace(made, stack=_possible(made.stack))
     names = [name for name, *_ in made.stack]
@@ -183,6 +199,7 @@ def _rough(value: object, rough: bool) -> object:
 
 
 def _run(program: Program, built: Build, *, visible: bool = False) -> Result:
+    TensorifyState.clear()  # of the run before; with it torch does not fail twice
     call, operands, stack = built["call"], built["operands"], program.stack
     run: Callable[..., object]
     if visible and stack and stack[0][0] == "shapes":
