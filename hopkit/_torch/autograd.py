@@ -10,6 +10,7 @@ from typing import NoReturn, Protocol, cast
 
 import torch
 from torch._functorch.utils import enable_single_level_autograd_function, unwrap_dead_wrappers
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 from torch.autograd.function import FunctionCtx, _SingleLevelFunction
 from torch.utils._python_dispatch import _disable_current_modes
@@ -37,11 +38,16 @@ def level_is_off(below: bool) -> Iterator[None]:
 
 
 def dual(values: Sequence[object]) -> bool:
-    """Whether one of these tensors has a tangent."""
-    if forward_ad._current_level < 0:
+    """Whether one of these tensors has a tangent; inside torch.func those are a level's, and no business of others."""
+    if forward_ad._current_level < 0 or levels.top() is not None:
         return False
-    with _disable_current_modes():  # nobody is to record the question
-        return any(isinstance(v, torch.Tensor) and forward_ad.unpack_dual(v).tangent is not None for v in values)
+    return any(isinstance(value, torch.Tensor) and _tangent(value) is not None for value in values)
+
+
+def _tangent(tensor: torch.Tensor) -> torch.Tensor | None:
+    # Nobody is to record the question. A tensor of functionalization's is nothing without its mode.
+    with contextlib.nullcontext() if isinstance(tensor, FunctionalTensor) else _disable_current_modes():
+        return cast("torch.Tensor | None", forward_ad.unpack_dual(tensor).tangent)
 
 
 def needs_gradient(values: Sequence[object]) -> bool:
