@@ -345,3 +345,18 @@ def test_export_inside_a_derivative() -> None:
         return cast("Tensor", torch.func.grad(lambda x: f(x).sum())(T))
 
     same(slope_of(lambda x: torch.export.export(Model(), (x,), strict=False).module()(x)), slope_of(Model()))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script", "ignore:Attempted to insert a get_attr")  # torch's own
+def test_nobody_records_that_sizes_are_compared() -> None:
+    @hopkit.define("t_rows")
+    def rows(body: Subgraph, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        return x, torch.stack([body(y) for _ in y.unbind(0)])
+
+    def run(x: Tensor, y: Tensor) -> Tensor:
+        _, push = torch.func.linearize(lambda x: rows(lambda y: y, x, y)[0], x)
+        return cast("Called", push)(x)
+
+    square, spread = X.T @ X, torch.arange(1).reshape(1, 1).expand(3, 1)
+    graph = make_fx(run, tracing_mode="symbolic")(square, spread)
+    same(graph(square * 2, spread), square * 2)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.fx import GraphModule
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 
 if TYPE_CHECKING:
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -61,13 +62,13 @@ class Equal(enum.Enum):
         """Whether it is so for these two. Nothing (None) is expected of a size that only running the op tells."""
         if expected is None:
             return self is Equal.PERHAPS or unbacked(size)
-        same = expected == size
-        if not isinstance(same, SYMBOLIC):
-            return same
+        if not any(isinstance(n, SYMBOLIC) for n in (expected, size)):
+            return expected == size
         from torch.fx.experimental.symbolic_shapes import guard_or_false, guard_or_true, statically_known_true
 
         test = {Equal.ALWAYS: statically_known_true, Equal.NOW: guard_or_false, Equal.PERHAPS: guard_or_true}[self]
-        return test(same)
+        with disable_proxy_modes_tracing():  # the question is no part of what is recorded
+            return test(expected == size)
 
 
 def numbers(values: Iterable[object]) -> list[object]:
