@@ -10,7 +10,7 @@ from typing import cast
 import torch
 
 from hopkit._torch import levels, sizes, trees
-from hopkit._torch.fakes import autograd_on, copied
+from hopkit._torch.fakes import autograd_on, copied, unhooked
 from hopkit._torch.sizes import Equal
 from hopkit._torch.state import forward_mode
 from hopkit._torch.watch import beyond
@@ -174,7 +174,8 @@ def vjp(run: Flat, wrt: Sequence[int], given: Sequence[int]) -> Flat:
         if _told.get() or levels.top() is not None or forward_mode():  # inside functionalize no tensor becomes a leaf
             return _vjp_inside_transforms(run, primals, wrt, given, gradients)
         again = torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs)
-        with torch.inference_mode(False), autograd_on(), torch.enable_grad():
+        hooked = contextlib.nullcontext() if again else unhooked()  # of what is used up here nobody saves anything
+        with torch.inference_mode(False), autograd_on(), torch.enable_grad(), hooked:
             for i in wrt:
                 primals[i] = _leaf(cast("torch.Tensor", primals[i]))
             outputs = run(primals)

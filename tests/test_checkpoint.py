@@ -14,7 +14,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 import hopkit
 from hopkit.extend.mode import TorchDispatchMode
 from tests.modes import Passing
-from tests.recording import define_twice, same
+from tests.recording import define_twice, record, same
 
 pytestmark = [
     pytest.mark.usefixtures("hopkit_fresh"),
@@ -203,3 +203,18 @@ def test_a_policy_sees_the_inside_alone_of_an_op_that_decomposes() -> None:
     same(found, wanted)
     assert ran == expected
     assert seen == ["aten.mm.default", "aten.sin.default"] * 2 + ["aten.mul.Tensor", "aten.cos.default"]
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # torch's own
+def test_a_derivative_inside_a_checkpoint_is_recorded() -> None:
+    op = define_twice()
+
+    def slope(call: Function) -> Function:
+        def run(x: Tensor) -> Tensor:
+            leaf = x.detach().requires_grad_()
+            return torch.autograd.grad(call(torch.sin, leaf).sum(), leaf)[0]
+
+        return lambda x: checkpoint(run, x, use_reentrant=False)
+
+    graph = record(slope(op), X)
+    same(graph(X * 2), slope(plain)(X * 2))
