@@ -108,8 +108,8 @@ def _possible(stack: Sequence[Layer]) -> tuple[Layer, ...]:
             continue  # it ends the process
         if name in ("traced", "retraced", "flattened", "exported") and outside & {"ahead", "functionalized"}:
             continue  # it takes their tensors for constants
-        if name == "flattened" and "compiled" in outside:
-            continue  # hopkit.flatten is no code to compile
+        if name == "flattened" and outside & {"compiled", "vmap", "grad", "vjp", "jvp", "jacrev", "linearized"}:
+            continue  # hopkit.flatten is no code to compile, and what is recorded inside torch.func are constants
         mixed = name in ("traced", "retraced") and "vmap" in outside
         kept.append((name, a, 0 if mixed else b))  # it gives stand-ins where it traces with them
         outside.add(name)
@@ -214,10 +214,10 @@ def _run(program: Program, built: Build, *, visible: bool = False) -> Result:
     value = run(*operands)
     results = floats(value)
     sources = [t for t in _sources(built) if t.requires_grad]
-    gradients: Sequence[Tensor] = ()
+    gradients: Sequence[Tensor] = [torch.zeros_like(t) for t in sources]
     if sources and any(t.requires_grad for t in results):
         with torch.enable_grad():
-            total = weighed([t for t in results if t.requires_grad])
+            total = weighed(results)
         gradients = torch.autograd.grad(total, sources, allow_unused=True, materialize_grads=True)
     return Result(
         trees.map_only(Tensor, torch.Tensor.detach, value), [t.requires_grad for t in results], list(gradients)
