@@ -36,6 +36,13 @@ SILENT = frozenset({"traced", "retraced", "flattened", "ahead", "compiled", "exp
 """Layers that rewrite what is computed: what a dispatch mode sees there is theirs."""
 
 
+RECORDED = frozenset({"traced", "retraced", "flattened", "exported"})
+"""Layers that record with make_fx."""
+
+TRANSFORMED = frozenset({"vmap", "grad", "vjp", "jvp", "jacrev", "linearized"})
+"""Layers of torch.func."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Finding:
     """What came of a program.
@@ -106,10 +113,12 @@ def _possible(stack: Sequence[Layer]) -> tuple[Layer, ...]:
     for name, a, b in stack:
         if name == "subclass" and "functionalized" in outside:
             continue  # it ends the process
-        if name in ("traced", "retraced", "flattened", "exported") and outside & {"ahead", "functionalized"}:
+        if name in RECORDED and outside & {"ahead", "functionalized"}:
             continue  # it takes their tensors for constants
-        if name == "flattened" and outside & {"compiled", "vmap", "grad", "vjp", "jvp", "jacrev", "linearized"}:
-            continue  # hopkit.flatten is no code to compile, and what is recorded inside torch.func are constants
+        if name in RECORDED and outside & TRANSFORMED and (outside & SILENT or name == "flattened"):
+            continue  # the same, and what is made of the recording has stand-ins for them
+        if name == "flattened" and "compiled" in outside:
+            continue  # hopkit.flatten is no code to compile
         mixed = name in ("traced", "retraced") and "vmap" in outside
         kept.append((name, a, 0 if mixed else b))  # it gives stand-ins where it traces with them
         outside.add(name)
