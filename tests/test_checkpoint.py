@@ -218,3 +218,13 @@ def test_a_derivative_inside_a_checkpoint_is_recorded() -> None:
 
     graph = record(slope(op), X)
     same(graph(X * 2), slope(plain)(X * 2))
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_checkpoint_around_compiled_code(backend: str) -> None:
+    # torch computes it again without Dynamo, and what is saved meanwhile must be as much as before.
+    op = define_twice()
+    compiled = torch.compile(lambda x: op(torch.relu, x), backend=backend, fullgraph=True)
+    x = X.clone().requires_grad_()
+    checkpoint(compiled, x, use_reentrant=False).sum().backward()
+    same(x.grad, (X > 0).float())

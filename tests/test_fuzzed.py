@@ -360,3 +360,21 @@ def test_nobody_records_that_sizes_are_compared() -> None:
     square, spread = X.T @ X, torch.arange(1).reshape(1, 1).expand(3, 1)
     graph = make_fx(run, tracing_mode="symbolic")(square, spread)
     same(graph(square * 2, spread), square * 2)
+
+
+def test_dual_numbers_inside_a_recorded_derivative() -> None:
+    op = define_once()
+
+    def tangent(f: Called) -> Called:
+        def run(x: Tensor) -> Tensor:
+            with forward_ad.dual_level():
+                found = forward_ad.unpack_dual(f(forward_ad.make_dual(x, x.detach()))).tangent
+                assert found is not None
+                return found.clone()
+
+        return run
+
+    def run(x: Tensor) -> Tensor:
+        return cast("Tensor", torch.func.grad(lambda x: tangent(lambda y: op(torch.sin, y))(x).sum())(x))
+
+    same(record(run, T)(T * 2), torch.func.grad(lambda x: tangent(torch.sin)(x).sum())(T * 2))

@@ -38,15 +38,18 @@ def level_is_off(below: bool) -> Iterator[None]:
 
 
 def dual(values: Sequence[object]) -> bool:
-    """Whether one of these tensors has a tangent; inside torch.func those are a level's, and no business of others."""
-    if forward_ad._current_level < 0 or levels.top() is not None:
+    """Whether one of these tensors has a tangent."""
+    if forward_ad._current_level < 0:
         return False
     return any(isinstance(value, torch.Tensor) and _tangent(value) is not None for value in values)
 
 
 def _tangent(tensor: torch.Tensor) -> torch.Tensor | None:
+    functional = isinstance(levels.base(tensor), FunctionalTensor)
+    if functional and not isinstance(tensor, FunctionalTensor):
+        return None  # a level of torch.func has it, and torch fails to look for another
     # Nobody is to record the question. A tensor of functionalization's is nothing without its mode.
-    with contextlib.nullcontext() if isinstance(tensor, FunctionalTensor) else _disable_current_modes():
+    with contextlib.nullcontext() if functional else _disable_current_modes():
         return cast("torch.Tensor | None", forward_ad.unpack_dual(tensor).tangent)
 
 

@@ -194,7 +194,7 @@ def run_in_mode(run: Callable[[], object], mode: FakeTensorMode) -> object:
     """What ``run`` gives in ``mode``. Sizes that come up inside and are not returned are no outputs of an operator."""
     shapes = mode.shape_env
     before = len(shapes.pending_fresh_unbacked_symbols) if shapes else 0
-    with mode, autograd_on():
+    with mode, autograd_on(), unhooked():
         result = run()
     if shapes:
         shapes.ignorable_fresh_unbacked_symbols.extend(shapes.pending_fresh_unbacked_symbols[before:])
