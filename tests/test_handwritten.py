@@ -268,7 +268,7 @@ def test_an_author_s_functionalize_and_proxy_rules_are_asked(op: Scaled) -> None
     @op.rule("functionalize")
     def functionalize(layer: Functionalizer, call: Call) -> object:
         asked.append("functionalize")
-        pure_call = call.replace(graphs=[pure(layer, g) for g in call.graphs], inputs=layer.unwrap_tensors(call.inputs))
+        pure_call = call.replace(graphs=pure(layer, call), inputs=layer.unwrap_tensors(call.inputs))
         with layer.redispatch_to_next():
             outputs = pure_call()
             assert isinstance(outputs, tuple)

@@ -10,10 +10,8 @@ from typing import NoReturn, Protocol, cast
 
 import torch
 from torch._functorch.utils import enable_single_level_autograd_function, unwrap_dead_wrappers
-from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 from torch.autograd.function import FunctionCtx, _SingleLevelFunction
-from torch.utils._python_dispatch import _disable_current_modes
 
 from hopkit._torch import levels, trees
 
@@ -39,18 +37,9 @@ def level_is_off(below: bool) -> Iterator[None]:
 
 def dual(values: Sequence[object]) -> bool:
     """Whether one of these tensors has a tangent."""
-    if forward_ad._current_level < 0:
-        return False
-    return any(isinstance(value, torch.Tensor) and _tangent(value) is not None for value in values)
-
-
-def _tangent(tensor: torch.Tensor) -> torch.Tensor | None:
-    functional = isinstance(levels.base(tensor), FunctionalTensor)
-    if functional and not isinstance(tensor, FunctionalTensor):
-        return None  # a level of torch.func has it, and torch fails to look for another
-    # Nobody is to record the question. A tensor of functionalization's is nothing without its mode.
-    with contextlib.nullcontext() if functional else _disable_current_modes():
-        return cast("torch.Tensor | None", forward_ad.unpack_dual(tensor).tangent)
+    return forward_ad._current_level >= 0 and any(
+        isinstance(value, torch.Tensor) and levels.has_tangent(value) for value in values
+    )
 
 
 def needs_gradient(values: Sequence[object]) -> bool:

@@ -69,13 +69,20 @@ def kernels(rule: Callable[..., object]) -> dict[Key, Kernel]:
     }
 
 
-def functionalized(layer: Functionalizer, function: Callable[..., object]) -> Callable[..., object]:
+def functionalized(
+    layer: Functionalizer, function: Callable[..., object], *, views: bool = False
+) -> Callable[..., object]:
     """``function`` without mutation; what it writes to its arguments is copied there in the end.
 
     AOTAutograd's functionalization drops that where torch asks for a callable; the two others copy by themselves.
+
+    Args:
+        layer: The functionalization at hand.
+        function: What is to be without mutation.
+        views: Whether it may have views, whatever ``layer`` says.
     """
     if not by_mode(layer):
-        return layer.functionalize(function)
+        return torch.func.functionalize(function) if views else layer.functionalize(function)
 
     def called(*args: object) -> object:
         written: list[int] = []

@@ -21,7 +21,9 @@ from torch._functorch.pyfunctorch import (
     retrieve_all_functorch_interpreters,
     temporarily_clear_interpreter_stack,
 )
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _disable_current_modes
 
 VMAP, JVP, GRAD = TransformType.Vmap, TransformType.Jvp, TransformType.Grad
 
@@ -110,6 +112,20 @@ def _has_duals() -> bool:
     return False
 
 
+def has_tangent(tensor: torch.Tensor) -> bool:
+    """Whether forward-mode AD knows a tangent of this tensor, asked so that nobody records the question."""
+    if _functionalized(
+        tensor
+    ):  # AOTAutograd's are nothing without its mode; torch fails to look twice inside torch.func
+        return isinstance(tensor, FunctionalTensor) and forward_ad.unpack_dual(tensor).tangent is not None
+    with _disable_current_modes():
+        return forward_ad.unpack_dual(tensor).tangent is not None
+
+
+def _functionalized(tensor: torch.Tensor) -> bool:
+    return isinstance(base(tensor), FunctionalTensor)
+
+
 class Batch:
     """The level of one ``vmap``.
 
@@ -161,7 +177,8 @@ class Tangents:
         tangents: dict[int, torch.Tensor] = {}
         for i, value in enumerate(values):
             if isinstance(value, torch.Tensor):
-                primal, tangent = forward_ad.unpack_dual(value, level=_DUAL)
+                constant = not (_functionalized(value) or has_tangent(value))
+                primal, tangent = (value, None) if constant else forward_ad.unpack_dual(value, level=_DUAL)
                 primals[i] = _functorch._unwrap_for_grad(primal, self._level)
                 if tangent is not None:
                     tangents[i] = _functorch._unwrap_for_grad(tangent, self._level)

@@ -30,9 +30,15 @@ class FunctionalizeRule(Protocol):
     def __call__(self, layer: Functionalizer, call: Call, /) -> object: ...
 
 
-def pure(layer: Functionalizer, graph: GraphLike) -> GraphLike:
-    """``graph`` without mutation, but for what it leaves in its inputs: that is copied there in the end."""
-    return Pure(functional.functionalized(layer, sizes.readable(graph)), graph)
+def pure(layer: Functionalizer, call: Call) -> list[GraphLike]:
+    """The graphs of ``call`` without mutation. What they leave in their inputs is copied there in the end.
+
+    Where they are differentiated or batched, views stay views: torch has no rule for some of their copies.
+    """
+    return [
+        Pure(functional.functionalized(layer, sizes.readable(graph), views=call.derivative), graph)
+        for graph in call.graphs
+    ]
 
 
 def automatic(layer: Functionalizer, call: Call) -> object:
@@ -55,7 +61,7 @@ def in_order(layer: Functionalizer, call: Call) -> object:
     if torch.compiler.is_exporting() or not effects.threaded(layer):
         return None
     inputs = layer.unwrap_tensors(call.inputs)
-    graphs, tracer = [pure(layer, graph) for graph in call.graphs], tracing.current(inputs)
+    graphs, tracer = pure(layer, call), tracing.current(inputs)
     if tracer is not None:
         named = zip(call.graph_names(), graphs, call.replace(inputs=inputs).examples, strict=True)
         with tracing.not_recorded():

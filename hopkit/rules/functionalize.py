@@ -30,7 +30,7 @@ def functionalize(layer: Functionalizer, call: Call) -> object:
         return found
     inputs = layer.unwrap_tensors(call.inputs)
     # The graph of a region is pure, and may hold what torch runs below functionalization alone.
-    graphs = call.graphs if call.part else [pure(layer, graph) for graph in call.graphs]
+    graphs = call.graphs if call.part else pure(layer, call)
     with layer.redispatch_to_next():
         outputs = call.replace(graphs=graphs, inputs=inputs)()
         return layer.wrap_tensors(cast("tuple[object, ...]", outputs))
