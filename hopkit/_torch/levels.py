@@ -114,9 +114,7 @@ def _has_duals() -> bool:
 
 def has_tangent(tensor: torch.Tensor) -> bool:
     """Whether forward-mode AD knows a tangent of this tensor, asked so that nobody records the question."""
-    if _functionalized(
-        tensor
-    ):  # AOTAutograd's are nothing without its mode; torch fails to look twice inside torch.func
+    if _functionalized(tensor):  # it is nothing without its mode, and inside torch.func torch fails to look twice
         return isinstance(tensor, FunctionalTensor) and forward_ad.unpack_dual(tensor).tangent is not None
     with _disable_current_modes():
         return forward_ad.unpack_dual(tensor).tangent is not None

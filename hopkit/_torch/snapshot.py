@@ -91,3 +91,10 @@ def forget_traces() -> None:
         del linecache.cache[name]
     _loader.eval_cache.clear()
     FakeTensorMode.cache_clear()
+
+
+def forget_numbers() -> None:
+    """Forget which Python floats became constants when Dynamo last compiled: torch would not fail for them again."""
+    from torch._dynamo.symbolic_convert import TensorifyState  # it loads the compiler
+
+    TensorifyState.clear()
