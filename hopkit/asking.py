@@ -39,9 +39,14 @@ class Asking:
 
     @property
     def quietly(self) -> bool:
-        """Whether a call may be asked for that no mode, tracer or profiler sees."""
+        """Whether a call may be asked for that no mode, tracer or profiler sees, whatever its operands are."""
+        return self.always or bool(self.transforms)
+
+    @property
+    def by_operands(self) -> bool:
+        """Whether a call may be asked for because of what its operands are."""
         # A fake tensor, or one of the meta device, comes without a mode as well.
-        return self.always or bool(self.subclasses or self.transforms) or keys.FAKE in self.modes
+        return bool(self.subclasses or self.in_place) or keys.FAKE in self.modes
 
 
 def asking(table: Table, modes: Sequence[Mode]) -> Asking:

@@ -118,7 +118,7 @@ class Op(Generic[P, R]):
         self._checks = binding.checks(spec)
         self._load, self._attach = load, attach
         self._transparent = False
-        self._served: tuple[type, ...] = ()
+        self._looks = False
         self.revision = ""
         self._derives = spec.autograd == "derive"
         self._deferred_error = raise_in_backward(spec.name)
@@ -129,7 +129,7 @@ class Op(Generic[P, R]):
     def __call__(self, /, *args: P.args, **kwargs: P.kwargs) -> R:
         if compiling():  # Dynamo reads this code
             return self._read(*args, **kwargs)
-        quickly = self._transparent and state.quiet() and not (self._served and self._serves([args, kwargs]))
+        quickly = self._transparent and state.quiet() and (not self._looks or state.ordinary((args, kwargs)))
         if quickly and binding.passes(self._checks, args, kwargs):
             try:
                 result = self._body(*args, **kwargs)
@@ -207,7 +207,7 @@ class Op(Generic[P, R]):
     def _settle(self) -> None:
         """Whether calls may take the short cut. Asked once, and not per call."""
         self._transparent = self._load is None and self.spec.autograd != "error" and not self._asking.quietly
-        self._served = tuple(entry for entry, _ in self._asking.in_place)
+        self._looks = self._asking.by_operands
 
     # -- the way in, with the author's arguments ---------------------------------------------------------------------
 
@@ -292,13 +292,9 @@ class Op(Generic[P, R]):
         subclasses = self._asking.subclasses
         return bool(subclasses) and any(isinstance(leaf, subclasses) for leaf in trees.leaves(operands))
 
-    def _serves(self, given: object) -> bool:
-        """Whether there is a tensor of a class for which something takes the place of the body."""
-        return any(isinstance(leaf, self._served) for leaf in trees.leaves(given))
-
     def _body_for(self, operands: Sequence[object]) -> Callable[..., object]:
         """The body, or what takes its place on tensors of a class that a plugin serves."""
-        if not self._served or self.spec.name in _vanished.get():
+        if not self._asking.in_place or self.spec.name in _vanished.get():
             return self._body
         if state.recording() or state.transforming() or state.forward_mode():
             return self._body
@@ -410,7 +406,8 @@ class Op(Generic[P, R]):
         if layout.KEYWORD not in kwargs:  # then these are the author's own arguments
             return cast("AnyOp", self)(*args, **kwargs)
         call = self.decode(*args, **kwargs)
-        asked = not (self._transparent and state.quiet()) and self._asked(call.inputs)
+        quickly = self._transparent and state.quiet() and (not self._looks or state.ordinary(call.inputs))
+        asked = not quickly and self._asked(call.inputs)
         if asked and not self._untold(lambda: call):
             return self._stamped(call)()
         self._compare(call.layout)

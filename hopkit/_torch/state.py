@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Iterator
+import operator
+from collections.abc import Container, Iterable, Iterator, Sequence
 from typing import cast
 
 import torch
@@ -160,6 +161,25 @@ def only_device(values: Iterable[object]) -> str:
             ordinary = type(value) in (torch.Tensor, torch.nn.Parameter) and value.layout is torch.strided
             devices.add(value.device.type if ordinary and not (value.is_nested or value.is_meta) else "")
     return devices.pop() if len(devices) == 1 else ""
+
+
+def ordinary(value: object) -> bool:
+    """Whether the tensors in a pytree are torch's own, with values. What cannot be told quickly is not."""
+    kind = type(value)
+    if kind in _ORDINARY:
+        return not cast("torch.Tensor", value).is_meta
+    if kind is tuple or kind is list:
+        items = cast("Sequence[object]", value)
+        if _ORDINARY.issuperset(map(type, items)):
+            return not any(map(_is_meta, items))
+        return all(map(ordinary, items))
+    if kind is dict:
+        return all(map(ordinary, cast("dict[object, object]", value).values()))
+    return not isinstance(value, torch.Tensor) and not trees.is_node(kind)
+
+
+_ORDINARY = frozenset({torch.Tensor, torch.nn.Parameter})
+_is_meta = operator.attrgetter("is_meta")
 
 
 def foreign(value: object) -> bool:
