@@ -116,6 +116,8 @@ def _possible(stack: Sequence[Layer]) -> tuple[Layer, ...]:
             continue  # it takes their tensors for constants
         if name in RECORDED and outside & TRANSFORMED and (outside & SILENT or name == "flattened"):
             continue  # the same, and what is made of the recording has stand-ins for them
+        if name == "linearized" and outside & (TRANSFORMED | {"backward"}):
+            continue  # torch's own gives memory that nobody has written to
         if name == "inference" and outside & RECORDED and outside & {"jvp", "jacrev", "linearized", "duals"}:
             continue  # no operator runs there
         if name == "flattened" and "compiled" in outside:
