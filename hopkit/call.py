@@ -9,8 +9,8 @@ from typing import Protocol, cast
 
 import torch
 
+from hopkit import binding, transform
 from hopkit import layout as layouts
-from hopkit import transform
 from hopkit._torch import schema, sizes, trees
 from hopkit._torch.autograd import computed, differentiable, needs_gradient
 from hopkit._torch.fakes import Stage, outside_modes, together
@@ -192,12 +192,6 @@ class Call:
                     return f"'{variable_name(graph.function, self.inputs[index])}', which subgraph '{name}' closes over"
         return f"input {index}"
 
-    def like_inputs(self) -> tuple[object, ...]:
-        """Gradients, as far as shapes go: those of the inputs that the last transform differentiates by."""
-        assert self.layout is not None
-        _, wrt, _ = cast("tuple[str, tuple[int, ...], tuple[int, ...]]", self.layout.transforms[-1])
-        return tuple(torch.empty_like(cast("torch.Tensor", self.inputs[i])) for i in wrt)
-
     @property
     def transformed(self) -> bool:
         """Whether this is not the op itself but, say, its vector-Jacobian product."""
@@ -254,10 +248,8 @@ class Call:
     def schema(self, mutated: Sequence[int]) -> torch.FunctionSchema:
         """torch's schema of the node, with the inputs ``mutated`` marked as written to."""
         call = self.replace(inputs=together(self.inputs))
-        outputs = call.like_inputs() if self.derivative and not self.part else call.rehearsal.outputs
-        return schema.generate(
-            self.target, self.graphs, self.inputs, self.nested, self.keywords, trees.leaves(outputs), mutated
-        )
+        outputs = trees.leaves(call.rehearsal.outputs)
+        return schema.generate(self.target, self.graphs, self.inputs, self.nested, self.keywords, outputs, mutated)
 
     @property
     def part(self) -> str:
@@ -378,13 +370,11 @@ class Call:
         """What the call gives, on stand-ins. An op that decides on values declares it: ``inputs=`` and ``outputs=``."""
         if self.op.inputs is None or self.part:
             return self.run()
-        if self.layout is None:
-            return run_or_examples(self.op, self.values())
-        base = self.replace(layout=dataclasses.replace(self.layout, transforms=()))
-        leaves = trees.leaves(run_or_examples(self.op, base.values()))
-        written = self.layout.transforms[0][1] if self.transformed and not self.derivative else ()
-        copies = (torch.empty_like(cast("torch.Tensor", self.inputs[i])) for i in cast("tuple[int, ...]", written))
-        return (*([leaves[i] for i in self.layout.outputs] or transform.NOTHING), *copies)
+
+        def declared(*args: object, **kwargs: object) -> object:
+            return run_or_examples(self.op, binding.by_name(self.op, args, kwargs))
+
+        return self.run(declared)
 
 
 def _leaf(fake: object) -> object:

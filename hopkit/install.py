@@ -99,8 +99,7 @@ def _called(call: Call) -> object:
         return _tensors(call.target(*call.graphs, tuple(inputs), **call.keywords))
 
     def like(inputs: Sequence[object]) -> Sequence[torch.Tensor]:
-        again = call.replace(inputs=inputs)
-        return _tensors(again.like_inputs() if call.derivative else again.like_body())
+        return _tensors(call.replace(inputs=inputs).like_body())
 
     return library.call(run, like, call.inputs, effect=call.op.effectful)
 
@@ -140,9 +139,7 @@ def _fake(op: str, mode: Mode, answers: Sequence[Answer], decode: Decode) -> dic
         return run_in_mode(lambda: bound(result(call), call.inputs), fake_mode)
 
     def result(call: Call) -> object:
-        if not call.derivative:
-            return call.run(shapes)
-        return call.run() if call.op.outputs is None else call.like_inputs()
+        return call.run() if call.derivative and call.op.outputs is None else call.run(shapes)
 
     def shapes(*args: object, **kwargs: object) -> object:
         return ask(op, mode.name, rules, *args, **kwargs)

@@ -139,7 +139,7 @@ class OpSpec:
     @property
     def untransformed(self) -> bool:
         """Whether a transform of torch.func runs its body as it stands: what is declared of it has no transform."""
-        return self.outputs is not None or self.effectful or bool(self.mutates)
+        return self.effectful or bool(self.mutates)
 
     def check_signature(self, function: Callable[..., object]) -> None:
         """Check that ``function`` can be called as the body is.

@@ -212,15 +212,58 @@ def test_chunks_and_linearize_and_functional_call() -> None:
     same(grad(called)(linear.weight.detach()), plainly(grad(called), linear.weight.detach()))
 
 
-def test_an_op_that_decides_on_values_runs_its_body() -> None:
-    @hopkit.define("t_branch", inputs=lambda yes, no, x: ((x,), (x,)), outputs=lambda yes, no, x: yes(x))
-    def branch(yes: Subgraph, no: Subgraph, x: Tensor) -> Tensor:
-        return yes(x) if x.sum() > 0 else no(x)
+# -- ops that decide on values ---------------------------------------------------------------------------------------
 
-    function = grad(lambda x: branch(torch.sin, torch.cos, x).sum())
-    same(function(X), X.cos() if X.sum() > 0 else -X.sin())
+
+def define_branch() -> Op[..., Tensor]:
+    @hopkit.define(
+        "t_branch", inputs=lambda use, yes, no, x: ((x,), (x,)), outputs=lambda use, yes, no, x: torch.empty_like(x)
+    )
+    def branch(use: Tensor, yes: Subgraph, no: Subgraph, x: Tensor) -> Tensor:
+        if hopkit.batched(use):
+            return torch.where(use > 0, yes(x), no(x))
+        return yes(x) if use > 0 else no(x)
+
+    return branch
+
+
+BRANCHES: dict[str, Callable[[Callable[..., Any]], Function]] = {
+    "vmap": lambda f: lambda use, x: vmap(lambda x: f(use, x))(x),
+    "jvp": lambda f: lambda use, x: push(lambda x: f(use, x), (x,), (x + 1,)),
+    "grad": lambda f: lambda use, x: grad(lambda x: f(use, x).sum())(x),
+    "vmap of grad": lambda f: lambda use, x: vmap(grad(lambda x: f(use, x).sum()))(x),
+    "grad of vmap": lambda f: lambda use, x: grad(lambda x: vmap(lambda x: f(use, x))(x).sin().sum())(x),
+    "jacrev": lambda f: lambda use, x: jacrev(lambda x: f(use, x))(x[0]),
+    "jacfwd": lambda f: lambda use, x: jacfwd(lambda x: f(use, x))(x[0]),
+    "hessian": lambda f: lambda use, x: hessian(lambda x: f(use, x).sum())(x[0]),
+}
+
+
+@pytest.mark.parametrize("name", BRANCHES)
+@pytest.mark.parametrize("how", [record, partial(torch.compile, backend="aot_eager", fullgraph=True)])
+def test_an_op_that_decides_on_values_is_one_node(how: Callable[..., Function], name: str) -> None:
+    branch = define_branch()
+    of, yes = BRANCHES[name], torch.tensor(1.0)
+    run = of(lambda use, x: branch(use, lambda y: y.sin() * W, lambda y: y**3, x))
+    recorded = record(run, yes, X[0]) if how is record else how(run)
+    assert not isinstance(recorded, GraphModule) or nodes(recorded, branch) > 0
+    for use in (yes, -yes):
+        same(recorded(use, X[0] * 2), of(lambda use, x: x.sin() * W if use > 0 else x**3)(use, X[0] * 2))
     rows = {row.mode: row.kind for row in hopkit.explain(branch).rows}
-    assert {rows["vmap"], rows["jvp"], rows["grad"]} == {"decomposing"}
+    assert {rows["vmap"], rows["jvp"], rows["grad"]} == {"derived"}
+
+
+def test_a_decision_for_every_item_of_a_batch() -> None:
+    branch, each = define_branch(), torch.tensor([1.0, -1.0])
+
+    def run(use: Tensor, x: Tensor) -> object:
+        return vmap(grad(lambda x, use: branch(use, lambda y: y.sin() * W, lambda y: y**3, x).sum()))(x, use)
+
+    wanted = torch.stack([X[0].cos() * W, X[1] ** 2 * 3])
+    same(run(each, X), wanted)
+    graph = record(run, -each, X + 1)
+    assert nodes(graph, branch) > 0
+    same(graph(each, X), wanted)
 
 
 # -- rules by hand ---------------------------------------------------------------------------------------------------

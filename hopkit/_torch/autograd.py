@@ -59,9 +59,14 @@ def differentiable(value: object) -> bool:
 
 def tied(outputs: object, sources: Sequence[object]) -> object:
     """``outputs``, stand-ins that were made from nothing, with gradients that reach all of ``sources``."""
-    if not needs_gradient(sources):
+    inside = levels.top() is not None or forward_ad._current_level >= 0  # there a derivative may be by any of them
+    links = [
+        s.abs().sum()
+        for s in sources
+        if isinstance(s, torch.Tensor) and (needs_gradient([s]) or (inside and differentiable(s)))
+    ]
+    if not links:
         return outputs
-    links = [s.abs().sum() for s in sources if isinstance(s, torch.Tensor) and s.requires_grad]
 
     def tie(output: torch.Tensor) -> torch.Tensor:
         return output + torch.stack([link.to(output.device, output.dtype) for link in links]).sum()

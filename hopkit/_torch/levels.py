@@ -53,6 +53,19 @@ def inside(value: object) -> bool:
     return _functorch.maybe_get_level(value) in {i.level() for i in retrieve_all_functorch_interpreters()}
 
 
+def batched(value: object) -> bool:
+    """Whether a tensor differs among the items of a ``torch.vmap`` that is active, and no body can decide on it.
+
+    Args:
+        value: An operand, as a body gets it.
+    """
+    while isinstance(value, torch.Tensor) and _functorch.is_functorch_wrapped_tensor(value):
+        if _functorch.is_batchedtensor(value):
+            return True
+        value = _functorch.get_unwrapped(value)
+    return False
+
+
 def differentiating() -> bool:
     """Whether a transform of torch.func that differentiates is active."""
     return any(interpreter.key() in (GRAD, JVP) for interpreter in retrieve_all_functorch_interpreters())
