@@ -39,9 +39,9 @@ class Asking:
 
     @property
     def quietly(self) -> bool:
-        """Whether a call may be asked for that no mode, tracer or profiler sees."""
+        """Whether a call on plain tensors may be asked for that no mode, tracer or profiler sees."""
         # A fake tensor, or one of the meta device, comes without a mode as well.
-        return self.always or bool(self.subclasses or self.transforms) or keys.FAKE in self.modes
+        return self.always or bool(self.transforms) or keys.FAKE in self.modes
 
 
 def asking(table: Table, modes: Sequence[Mode]) -> Asking:

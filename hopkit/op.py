@@ -129,7 +129,7 @@ class Op(Generic[P, R]):
     def __call__(self, /, *args: P.args, **kwargs: P.kwargs) -> R:
         if compiling():  # Dynamo reads this code
             return self._read(*args, **kwargs)
-        quickly = self._transparent and state.quiet() and not (self._served and self._serves([args, kwargs]))
+        quickly = self._transparent and state.quiet() and not (self._served and self._serves(args, kwargs))
         if quickly and binding.passes(self._checks, args, kwargs):
             try:
                 result = self._body(*args, **kwargs)
@@ -207,7 +207,7 @@ class Op(Generic[P, R]):
     def _settle(self) -> None:
         """Whether calls may take the short cut. Asked once, and not per call."""
         self._transparent = self._load is None and self.spec.autograd != "error" and not self._asking.quietly
-        self._served = tuple(entry for entry, _ in self._asking.in_place)
+        self._served = (*(entry for entry, _ in self._asking.in_place), *self._asking.subclasses)
 
     # -- the way in, with the author's arguments ---------------------------------------------------------------------
 
@@ -291,9 +291,9 @@ class Op(Generic[P, R]):
         subclasses = self._asking.subclasses
         return bool(subclasses) and any(isinstance(leaf, subclasses) for leaf in trees.leaves(operands))
 
-    def _serves(self, given: object) -> bool:
-        """Whether there is a tensor of a class for which something takes the place of the body."""
-        return any(isinstance(leaf, self._served) for leaf in trees.leaves(given))
+    def _serves(self, args: tuple[object, ...], kwargs: dict[str, object]) -> bool:
+        """Whether there is a tensor of a class for which something takes the place of the body, or asks for the op."""
+        return trees.holds(self._served, (*args, *kwargs.values()))
 
     def _body_for(self, operands: Sequence[object]) -> Callable[..., object]:
         """The body, or what takes its place on tensors of a class that a plugin serves."""

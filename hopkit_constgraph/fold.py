@@ -15,6 +15,7 @@ from torch.fx import GraphModule, Node
 import hopkit
 from hopkit_constgraph import constants
 from hopkit_constgraph.choose import choose, size
+from hopkit_constgraph.folded import Folded
 from hopkit_constgraph.norms import absorb
 from hopkit_constgraph.op import run_const_graph_once
 from hopkit_constgraph.policy import Policy
@@ -78,7 +79,7 @@ def fold(
     if folded is traced:
         _reports[model] = report_of(traced)
         return model
-    module = folded.module()
+    module = Folded.of(folded, dynamic_shapes)
     _reports[module] = report_of(folded)
     return cast("M", module)
 
