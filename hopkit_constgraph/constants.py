@@ -69,6 +69,7 @@ def find(graph: Graph, sources: Mapping[Node, torch.Tensor], changed: Container[
                 computed.add(node)
             else:
                 node.replace_all_uses_with(same)
+                graph.erase_node(node)
     return Constants(weights, frozenset(computed), left)
 
 

@@ -6,30 +6,34 @@ import copy
 import functools
 import io
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import cast
 
 import torch
 from torch.fx import Graph, GraphModule
 
 import hopkit
+from hopkit_constgraph.release import refuse
 
 ExportedProgram = torch.export.ExportedProgram
+Shapes = dict[str, object] | tuple[object, ...] | list[object] | None
 
 
 class Folded(GraphModule):
-    """A folded module: what ``program.module()`` gives, made as fast as a module written by hand, and able to pickle."""
+    """A folded module: what ``program.module()`` gives, as fast as a module written by hand, and able to pickle."""
 
     _inputs: tuple[tuple[object, ...], dict[str, object]]
-    _shapes: object
+    _shapes: Shapes
+    _released: frozenset[str]
 
     @classmethod
-    def of(cls, program: ExportedProgram, shapes: object = None) -> Folded:
+    def of(cls, program: ExportedProgram, shapes: Shapes = None, released: Iterable[str] = ()) -> Folded:
         """The module of a program.
 
         Args:
             program: A folded program with example inputs.
             shapes: Which of their sizes may vary, as for ``torch.export.export``.
+            released: The names of weights that it has no more.
         """
         module = program.module()
         given, named = program.example_inputs
@@ -42,11 +46,19 @@ class Folded(GraphModule):
         for name in dropped - fresh.keys():
             del body[name]
         module.graph.on_generate_code(lambda _: functools.partial(_quicken, _kinds(module)))
-        return cls._made({**body, "_inputs": (given, named), "_shapes": shapes})
+        made = cls._made({**body, "_inputs": (given, named), "_shapes": shapes, "_released": frozenset(released)})
+        for name in made._released:
+            owner, _, leaf = name.rpartition(".")
+            part = next((m for n, m in made.named_modules() if n == owner), None)
+            if type(part) is torch.nn.Module:  # as torch makes them; it holds weights, and nothing else
+                part.__class__ = _Emptied
+            if isinstance(part, _Emptied):
+                part.__dict__.setdefault("_gone", {})[leaf] = name
+        return made
 
     @classmethod
     def _made(cls, body: Mapping[str, object]) -> Folded:
-        made = cast("Folded", cls.__new__(cls))
+        made = cls.__new__(cls)
         made.__dict__.update(body)
         made.graph = cast("Graph", body["_graph"])  # writes the code
         return made
@@ -66,9 +78,15 @@ class Folded(GraphModule):
             )
         return self
 
+    def _load_from_state_dict(self, state_dict: dict[str, object], prefix: str, *rest: object) -> None:
+        if gone := [name for name in self._released if prefix + name in state_dict]:
+            refuse(sorted(gone))
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
     def __deepcopy__(self, memo: dict[int, object]) -> Folded:
-        body = {name: copy.deepcopy(v, memo) for name, v in self.__dict__.items() if name not in ("_inputs", "_shapes")}
-        made = memo[id(self)] = self._made({**body, "_inputs": self._inputs, "_shapes": self._shapes})
+        same = {name: self.__dict__[name] for name in ("_inputs", "_shapes", "_released")}
+        body = {name: copy.deepcopy(value, memo) for name, value in self.__dict__.items() if name not in same}
+        made = memo[id(self)] = self._made({**body, **same})
         return made
 
     def __reduce__(self) -> tuple[object, ...]:
@@ -77,11 +95,20 @@ class Folded(GraphModule):
         program = torch.export.export(self, given, named, dynamic_shapes=self._shapes)
         file = io.BytesIO()
         torch.export.save(program, file)
-        return _loaded, (file.getvalue(), self._shapes, self.training)
+        return _loaded, (file.getvalue(), self._shapes, self._released, self.training)
 
 
-def _loaded(text: bytes, shapes: object, training: bool) -> Folded:
-    made = Folded.of(torch.export.load(io.BytesIO(text)), shapes)
+class _Emptied(torch.nn.Module):
+    """Part of a folded module, which had weights that are released."""
+
+    def __setattr__(self, name: str, value: torch.Tensor | torch.nn.Module) -> None:
+        if gone := self.__dict__.get("_gone", {}).get(name):
+            refuse([gone])
+        super().__setattr__(name, value)
+
+
+def _loaded(text: bytes, shapes: Shapes, released: frozenset[str], training: bool) -> Folded:
+    made = Folded.of(torch.export.load(io.BytesIO(text)), shapes, released)
     made.training = training
     return made
 
@@ -131,5 +158,5 @@ def _quicken(kinds: Mapping[str, str], body: list[str]) -> list[str]:
         usual.append(f"{read[1]} = {read[2]}")
     if not quick:
         return body
-    block = ["try:", *(f"    {line}" for line in quick), "except (KeyError, AttributeError):", *(f"    {line}" for line in usual)]
+    block = ["try:", *map("    {}".format, quick), "except (KeyError, AttributeError):", *map("    {}".format, usual)]
     return ["\n".join(block) + "\n", *rest]

@@ -282,4 +282,5 @@ def test_a_policy_that_makes_no_sense(wrong: dict[str, Any]) -> None:
 
 
 def test_a_report_is_data() -> None:
-    assert FoldReport((), (), 0, 0).as_json() == {"constants": (), "left": (), "moved": 0, "taken": 0, "given": 0}
+    told = {"constants": (), "left": (), "moved": 0, "taken": 0, "released": (), "given": 0}
+    assert FoldReport((), (), 0, 0).as_json() == told
