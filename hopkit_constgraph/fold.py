@@ -16,7 +16,7 @@ from torch.fx import GraphModule, Node
 import hopkit
 from hopkit_constgraph import constants
 from hopkit_constgraph.choose import choose, size
-from hopkit_constgraph.folded import Folded, Shapes
+from hopkit_constgraph.folded import Folded
 from hopkit_constgraph.norms import absorb
 from hopkit_constgraph.op import run_const_graph_once
 from hopkit_constgraph.policy import Policy
@@ -38,7 +38,7 @@ def fold(
     *,
     policy: Policy | None = None,
     kwargs: Mapping[str, object] | None = None,
-    dynamic_shapes: Shapes = None,
+    dynamic_shapes: dict[str, object] | tuple[object, ...] | list[object] | None = None,
 ) -> M:
     """Move all that depends on parameters, buffers and constants alone into a graph that runs once.
 
@@ -81,7 +81,8 @@ def fold(
     if folded is traced:
         _reports[model] = report_of(traced)
         return model
-    module = Folded.of(folded, dynamic_shapes, report_of(folded).released)
+    module = Folded.of(folded, report_of(folded).released)
+    module.training = model.training
     _reports[module] = report_of(folded)
     return cast("M", module)
 

@@ -3,36 +3,64 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import io
+import operator
 import re
 from collections.abc import Iterable, Mapping
-from typing import cast
+from typing import Any, cast
 
 import torch
+from torch.export.graph_signature import ExportGraphSignature, InputKind, TensorArgument
 from torch.fx import Graph, GraphModule
 
 import hopkit
 from hopkit_constgraph.release import refuse
 
 ExportedProgram = torch.export.ExportedProgram
-Shapes = dict[str, object] | tuple[object, ...] | list[object] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """A program without its weights."""
+
+    graph: GraphModule
+    signature: ExportGraphSignature
+    objects: Mapping[str, Any]
+    parts: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, program: ExportedProgram) -> Recipe:
+        """That of a program."""
+        objects = {name: value for name, value in program.constants.items() if not isinstance(value, torch.Tensor)}
+        names = ("range_constraints", "module_call_graph", "example_inputs", "verifiers")
+        parts = {name: getattr(program, name) for name in names}
+        return cls(program.graph_module, program.graph_signature, objects, parts)
+
+    def program(self, module: torch.nn.Module) -> ExportedProgram:
+        """The program, with the weights that a module has."""
+        state: dict[str, torch.Tensor] = {}
+        constants: dict[str, Any] = dict(self.objects)
+        for spec in self.signature.input_specs:
+            if isinstance(spec.arg, TensorArgument) and spec.target is not None:
+                saved = spec.kind is InputKind.PARAMETER or (spec.kind is InputKind.BUFFER and spec.persistent)
+                (state if saved else constants)[spec.target] = operator.attrgetter(spec.target)(module)
+        return ExportedProgram(self.graph, self.graph.graph, self.signature, state, constants=constants, **self.parts)
 
 
 class Folded(GraphModule):
     """A folded module: what ``program.module()`` gives, as fast as a module written by hand, and able to pickle."""
 
-    _inputs: tuple[tuple[object, ...], dict[str, object]]
-    _shapes: Shapes
+    _recipe: Recipe
     _released: frozenset[str]
 
     @classmethod
-    def of(cls, program: ExportedProgram, shapes: Shapes = None, released: Iterable[str] = ()) -> Folded:
+    def of(cls, program: ExportedProgram, released: Iterable[str] = ()) -> Folded:
         """The module of a program.
 
         Args:
             program: A folded program with example inputs.
-            shapes: Which of their sizes may vary, as for ``torch.export.export``.
             released: The names of weights that it has no more.
         """
         module = program.module()
@@ -46,7 +74,7 @@ class Folded(GraphModule):
         for name in dropped - fresh.keys():
             del body[name]
         module.graph.on_generate_code(lambda _: functools.partial(_quicken, _kinds(module)))
-        made = cls._made({**body, "_inputs": (given, named), "_shapes": shapes, "_released": frozenset(released)})
+        made = cls._made({**body, "_recipe": Recipe.of(program), "_released": frozenset(released)})
         for name in made._released:
             owner, _, leaf = name.rpartition(".")
             part = next((m for n, m in made.named_modules() if n == owner), None)
@@ -83,19 +111,24 @@ class Folded(GraphModule):
             refuse(sorted(gone))
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
+    def _replicate_for_data_parallel(self) -> Folded:
+        """As that of any module, with the code of this one. That of torch's graphs keeps the parameters."""
+        replica = object.__new__(type(self))
+        own = {"_parameters": {}, "_buffers": self._buffers.copy(), "_modules": self._modules.copy()}
+        replica.__dict__.update({**self.__dict__, **own, "_is_replica": True})
+        return replica
+
     def __deepcopy__(self, memo: dict[int, object]) -> Folded:
-        same = {name: self.__dict__[name] for name in ("_inputs", "_shapes", "_released")}
+        same = {name: self.__dict__[name] for name in ("_recipe", "_released")}
         body = {name: copy.deepcopy(value, memo) for name, value in self.__dict__.items() if name not in same}
         made = memo[id(self)] = self._made({**body, **same})
         return made
 
     def __reduce__(self) -> tuple[object, ...]:
         """As a program, with the weights of today. torch's way would bake in all that depends on weights alone."""
-        given, named = self._inputs
-        program = torch.export.export(self, given, named, dynamic_shapes=self._shapes)
         file = io.BytesIO()
-        torch.export.save(program, file)
-        return _loaded, (file.getvalue(), self._shapes, self._released, self.training)
+        torch.export.save(self._recipe.program(self), file)
+        return _loaded, (file.getvalue(), self._released, self.training)
 
 
 class _Emptied(torch.nn.Module):
@@ -107,8 +140,8 @@ class _Emptied(torch.nn.Module):
         super().__setattr__(name, value)
 
 
-def _loaded(text: bytes, shapes: Shapes, released: frozenset[str], training: bool) -> Folded:
-    made = Folded.of(torch.export.load(io.BytesIO(text)), shapes, released)
+def _loaded(text: bytes, released: frozenset[str], training: bool) -> Folded:
+    made = Folded.of(torch.export.load(io.BytesIO(text)), released)
     made.training = training
     return made
 

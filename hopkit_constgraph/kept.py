@@ -13,7 +13,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from torch.fx import GraphModule
@@ -47,12 +47,32 @@ class Stats:
 
 def kept(graph: Callable[..., object], args: tuple[object, ...]) -> object:
     """``graph(*args)``, from an earlier call where nothing has changed since."""
-    if not alone() or not isinstance(graph, GraphModule):
+    own = graph if isinstance(graph, GraphModule) else _recorded(graph)
+    if own is None or not alone():
         return graph(*args)
-    memory = _memories.get(graph)
+    memory = _memories.get(own)
     if memory is None:
-        memory = _memories.setdefault(graph, Memory())
-    return memory.results(graph, args)
+        memory = _memories.setdefault(own, Memory())
+    return memory.results(cast("Graph", graph), args)
+
+
+def _recorded(graph: object) -> GraphModule | None:
+    """The graph in a node that is run, where it is one graph and closes over nothing."""
+    if not isinstance(graph, Recorded) or graph.captures:
+        return None
+    (own,) = graph.graphs if len(graph.graphs) == 1 else (None,)
+    return own if isinstance(own, GraphModule) else None
+
+
+@runtime_checkable
+class Recorded(Protocol):
+    """A subgraph of a node, which hopkit looks up for what it is called with."""
+
+    @property
+    def graphs(self) -> Sequence[object]: ...
+
+    @property
+    def captures(self) -> Sequence[object]: ...
 
 
 class Memory:

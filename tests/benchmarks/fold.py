@@ -57,6 +57,7 @@ def in_tree(folded: Any) -> GraphModule:
 
 def ways(found: Candidate) -> dict[str, Callable[[], object]]:
     """The ways to run a model, each of which has run."""
+    torch.compiler.reset()
     folded = fold(found.model, (found.example,), policy=found.policy)
     eager: dict[str, Any] = {
         "by hand": found.by_hand,
@@ -67,7 +68,6 @@ def ways(found: Candidate) -> dict[str, Callable[[], object]]:
     runs: dict[str, Callable[[], object]] = {}
     for name, model in eager.items():
         runs[name] = functools.partial(model, found.example)
-        torch._dynamo.reset()
         runs[f"{name}, compiled"] = functools.partial(torch.compile(model), found.example)
     with set_up(freezing=True):
         frozen = torch.compile(copy.deepcopy(found.model))
