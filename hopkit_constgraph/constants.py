@@ -75,9 +75,10 @@ def find(graph: Graph, sources: Mapping[Node, torch.Tensor], changed: Container[
 
 
 def graph_of(results: Sequence[Node], found: Constants) -> tuple[GraphModule, list[Node]]:
-    """A graph that computes ``results`` from weights; and which weights it takes."""
+    """A graph that computes ``results`` from weights, and checks what the model checks of these; and the weights."""
     graph, copies = Graph(), dict[Node, Node]()
     nodes = ancestors(results)
+    nodes = sorted([*nodes, *checks(nodes, found)])
     weights = [node for node in nodes if node in found.sources]
     for node in weights:
         copies[node] = graph.placeholder(node.name)
@@ -87,6 +88,12 @@ def graph_of(results: Sequence[Node], found: Constants) -> tuple[GraphModule, li
             copies[node] = graph.node_copy(node, copies.__getitem__)
     graph.output(tuple(copies[node] for node in results))
     return GraphModule({}, graph), weights
+
+
+def checks(nodes: Sequence[Node], found: Constants) -> list[Node]:
+    """What gives nothing, and takes nothing but these: an assertion of the model's, or of torch.export's."""
+    inside = set(nodes)
+    return [n for n in found.computed if n.all_input_nodes and not n.users and inside.issuperset(n.all_input_nodes)]
 
 
 def ancestors(nodes: Iterable[Node]) -> list[Node]:

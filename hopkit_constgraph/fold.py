@@ -226,8 +226,9 @@ def _move(
     values = computed(done, found)
     lost = {id(sources[node]) for node in unused}
     gone = {names[node]: tensor for node, tensor in sources.items() if id(tensor) in lost}  # all names of a tied weight
-    moved = [node for node in constants.ancestors(chosen) if node not in found.sources]
-    taken = sum(size(node) for node in constants.ancestors(chosen) if node in found.sources)
+    within = constants.ancestors(chosen)
+    moved = sorted([*(n for n in within if n not in found.sources), *constants.checks(within, found)])
+    taken = sum(size(node) for node in within if node in found.sources)
     report = FoldReport(
         tuple(_constant(node, found.sources, names) for node in chosen), told, len(moved), taken, tuple(gone)
     )

@@ -18,7 +18,8 @@ def final(chosen: Sequence[Node], found: Constants) -> tuple[list[Node], list[No
     while True:
         unused: set[Node] = set()
         for node in sorted({*found.sources, *found.computed}, reverse=True):
-            if node.users and all(user in done or user in unused for user in node.users):
+            # What gives nothing is a check, and goes with what it checks.
+            if all(user in done or user in unused for user in node.users):
                 unused.add(node)
         weights = {node: [w for w in ancestors([node]) if w in found.sources] for node in done}
         kept = {node for node in done if all(weight in unused for weight in weights[node])}
