@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import inspect
 import io
 import operator
 import re
@@ -14,6 +15,7 @@ from typing import Any, cast
 import torch
 from torch.export.graph_signature import ExportGraphSignature, InputKind, TensorArgument
 from torch.fx import Graph, GraphModule
+from torch.fx.graph import CodeGen
 
 import hopkit
 from hopkit_constgraph.release import refuse
@@ -65,15 +67,15 @@ class Folded(GraphModule):
         """
         module = program.module()
         given, named = program.example_inputs
-        dropped = {"train", "eval"}
+        body = {name: value for name, value in module.__dict__.items() if name not in ("train", "eval")}
         if hasattr(module, "_guards_fn") and all(map(_is_leaf, (*given, *named.values()))):
             # What torch does before and after a call: compare trees, of which there are none here.
-            dropped |= {name for name in module.__dict__ if name.startswith("_forward_")}
-        fresh = torch.nn.Module().__dict__
-        body = {name: fresh[name] if name in dropped & fresh.keys() else v for name, v in module.__dict__.items()}
-        for name in dropped - fresh.keys():
-            del body[name]
-        module.graph.on_generate_code(lambda _: functools.partial(_quicken, _kinds(module)))
+            body |= {name: v for name, v in torch.nn.Module().__dict__.items() if name.startswith("_forward_")}
+            # Its module sets and resets options of Dynamo's at every call.
+            body["_checked"] = inspect.unwrap(module.get_submodule("_guards_fn").forward)
+            if program.call_spec.out_spec.is_leaf():
+                module.graph.set_codegen(_Flat(module))
+        module.graph.on_generate_code(lambda _: functools.partial(_quicken, _kinds(module), "_checked" in body))
         made = cls._made({**body, "_recipe": Recipe.of(program), "_released": frozenset(released)})
         for name in made._released:
             owner, _, leaf = name.rpartition(".")
@@ -89,6 +91,7 @@ class Folded(GraphModule):
         made = cls.__new__(cls)
         made.__dict__.update(body)
         made.graph = cast("Graph", body["_graph"])  # writes the code
+        setattr(type(made), "__call__", torch.nn.Module.__call__)  # noqa: B010 - torch's adds code to errors, and time
         return made
 
     def train(self, mode: bool = True) -> Folded:
@@ -157,7 +160,36 @@ def _is_leaf(value: object) -> bool:
 # -- reading weights -------------------------------------------------------------------------------------------------
 
 _READ = re.compile(r'(\w+) = ((?:getattr\()*self(?:\.\w+|, "[^"]*"\))+)(;  \1 = None)?\n')
+_CHECK = re.compile(r"(\w+) = self\._guards_fn\((.*)\);  \1 = None\n")
+_CHECKED = """if torch.compiler.is_dynamo_compiling():
+    self._guards_fn({0})
+else:
+    self._checked({0})
+"""
 _STEP = re.compile(r'\.(\w+)|, "([^"]*)"\)')
+
+
+class _Flat(CodeGen):
+    """Code of a graph that takes tensors and numbers and gives one tensor: without pytrees."""
+
+    def __init__(self, module: GraphModule) -> None:
+        super().__init__()
+        self._head = f"def forward(self, {str(inspect.signature(module.forward))[1:]}:"
+        names = inspect.signature(module.forward).parameters
+        nodes = module.graph.find_nodes(op="placeholder")
+        self._names = [f"{node.name} = {name}" for name, node in zip(names, nodes, strict=True) if name != node.name]
+
+    def gen_fn_def(self, *_: object, **__: object) -> str:
+        """The line, and the inputs under the names that they have in the graph."""
+        return "\n    ".join([self._head, *self._names])
+
+    def generate_output(self, output_args: Any, **_: object) -> str:
+        """The one output."""
+        return f"return {output_args[0]!r}"
+
+    def process_outputs(self, outputs: Any) -> Any:
+        """The one output, for whoever interprets the graph."""
+        return outputs[0]
 
 
 def _kinds(module: torch.nn.Module) -> dict[str, str]:
@@ -166,7 +198,7 @@ def _kinds(module: torch.nn.Module) -> dict[str, str]:
     return kinds | dict.fromkeys((name for name, _ in module.named_buffers(remove_duplicate=False)), "_buffers")
 
 
-def _quicken(kinds: Mapping[str, str], body: list[str]) -> list[str]:
+def _quicken(kinds: Mapping[str, str], flat: bool, body: list[str]) -> list[str]:
     """The code of a graph, in which weights are read where modules keep them: ``module.name`` takes ten times longer.
 
     Where one is not there any more, because it is parametrized now say, all are read as usual.
@@ -180,7 +212,8 @@ def _quicken(kinds: Mapping[str, str], body: list[str]) -> list[str]:
         path = [step or item for step, item in _STEP.findall(read[2])] if read else []
         kind = kinds.get(".".join(path))
         if read is None or kind is None:
-            rest.append(line)
+            check = _CHECK.fullmatch(line) if flat else None
+            rest.append(line if check is None else _CHECKED.format(check[2]))
             continue
         for depth in range(1, len(path)):
             inner = ".".join(path[:depth])
