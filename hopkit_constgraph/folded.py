@@ -74,7 +74,7 @@ class Folded(GraphModule):
             # Its module sets and resets options of Dynamo's at every call.
             body["_checked"] = inspect.unwrap(module.get_submodule("_guards_fn").forward)
             if program.call_spec.out_spec.is_leaf():
-                module.graph.set_codegen(_Flat(module))
+                module.graph.set_codegen(_Flat(module, given, named))
         module.graph.on_generate_code(lambda _: functools.partial(_quicken, _kinds(module), "_checked" in body))
         made = cls._made({**body, "_recipe": Recipe.of(program), "_released": frozenset(released)})
         for name in made._released:
@@ -172,16 +172,21 @@ _STEP = re.compile(r'\.(\w+)|, "([^"]*)"\)')
 class _Flat(CodeGen):
     """Code of a graph that takes tensors and numbers and gives one tensor: without pytrees."""
 
-    def __init__(self, module: GraphModule) -> None:
+    def __init__(self, module: GraphModule, given: tuple[object, ...], named: Mapping[str, object]) -> None:
         super().__init__()
-        self._head = f"def forward(self, {str(inspect.signature(module.forward))[1:]}:"
-        names = inspect.signature(module.forward).parameters
-        nodes = module.graph.find_nodes(op="placeholder")
-        self._names = [f"{node.name} = {name}" for name, node in zip(names, nodes, strict=True) if name != node.name]
+        signature = inspect.signature(module.forward)
+        self._lines = [f"def forward(self, {str(signature)[1:]}:"]
+        for name, example in signature.bind(*given, **named).arguments.items():
+            if example is None:  # torch's checks do not look at it
+                told = f"the model was traced with {name}=None"
+                self._lines.append(f"if {name} is not None: raise TypeError({told!r})")
+        for name, node in zip(signature.parameters, module.graph.find_nodes(op="placeholder"), strict=True):
+            if name != node.name:
+                self._lines.append(f"{node.name} = {name}")
 
     def gen_fn_def(self, *_: object, **__: object) -> str:
         """The line, and the inputs under the names that they have in the graph."""
-        return "\n    ".join([self._head, *self._names])
+        return "\n    ".join(self._lines)
 
     def generate_output(self, output_args: Any, **_: object) -> str:
         """The one output."""

@@ -240,3 +240,34 @@ def test_a_report_of_a_copy_is_none_of_this_fold() -> None:
     _, folded = pair()
     with pytest.raises(hopkit.HopkitError, match="a copy, or what was loaded, has no report"):
         report_of(copy.deepcopy(folded))
+
+
+class Flat(Merged):
+    def forward(self, input: Tensor, other: Tensor | None = None, *, scale: float = 1.0) -> Tensor:
+        result = super().forward(input) * scale
+        return result if other is None else result + other
+
+
+def test_plain_inputs_keep_their_names_and_are_checked() -> None:
+    model = Flat()
+    folded: Any = fold(model, (X,), kwargs={"other": X.cos(), "scale": 2.0})
+    want = model(X, X.cos(), scale=2.0)
+    for each in (folded, copy.deepcopy(folded), pickle.loads(pickle.dumps(folded))):
+        same(each(X, other=X.cos(), scale=2.0), want)
+        same(each(scale=2.0, other=X.cos(), input=X), want)
+        with pytest.raises((AssertionError, RuntimeError)):
+            each(X, other=X.cos(), scale=3.0)
+        with pytest.raises((AssertionError, RuntimeError)):
+            each(X[:1], other=X.cos(), scale=2.0)
+        with pytest.raises(TypeError):
+            each(X, other=X.cos(), scale=2.0, more=1)
+    none: Any = fold(model, (X, None))
+    same(none(X, None), model(X))
+    with pytest.raises(TypeError, match="the model was traced with other=None"):
+        none(X, X)
+    same(torch.fx.Interpreter(folded).run(X, X.cos(), 2.0), want)
+    same(
+        torch.export.export(folded, (X,), {"other": X.cos(), "scale": 2.0}).module()(X, other=X.cos(), scale=2.0), want
+    )
+    compiled: Any = torch.compile(folded, backend="aot_eager", fullgraph=True)
+    same(compiled(X, other=X.cos(), scale=2.0), want)
