@@ -8,6 +8,7 @@ there, which are never kept.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import threading
 import time
 import weakref
@@ -106,12 +107,18 @@ class Memory:
         self.entries.pop(state, None)
         start = time.perf_counter()
         weights = cast("tuple[torch.Tensor, ...]", args)
-        self.seen = Seen(weights, lambda: self.entries.pop(state, None))
+        self.seen = Seen(weights, functools.partial(_forget, weakref.ref(self), state))
         entry = Entry(graph, weights, self.seen)
         self.seconds += time.perf_counter() - start
         if entry.holds(args):  # nobody has written to a weight meanwhile
             self.entries[state] = entry
         return entry.given(graph, args)
+
+
+def _forget(memory: weakref.ref[Memory], state: object) -> None:
+    """Let go of what was computed from a weight that is gone."""
+    if (found := memory()) is not None:
+        found.entries.pop(state, None)
 
 
 class Entry:

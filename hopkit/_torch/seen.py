@@ -34,10 +34,10 @@ class Seen:
     """
 
     def __init__(self, tensors: Sequence[torch.Tensor], lost: Callable[[], object] = object) -> None:
-        self._alive = True
+        self._alive = alive = [True]
 
-        def gone(_: object) -> None:
-            self._alive = False
+        def gone(_: object) -> None:  # of no name here that would hold what holds this
+            alive.clear()
             lost()
 
         self._refs = [weakref.ref(tensor, gone) for tensor in tensors]
