@@ -160,11 +160,12 @@ def _is_leaf(value: object) -> bool:
 # -- reading weights -------------------------------------------------------------------------------------------------
 
 _READ = re.compile(r'(\w+) = ((?:getattr\()*self(?:\.\w+|, "[^"]*"\))+)(;  \1 = None)?\n')
-_CHECK = re.compile(r"(\w+) = self\._guards_fn\((.*)\);  \1 = None\n")
+_CHECK = re.compile(r"\w+ = self\._guards_fn\((.*)\);  (.* = None)\n")
 _CHECKED = """if torch.compiler.is_dynamo_compiling():
     self._guards_fn({0})
 else:
     self._checked({0})
+{1}
 """
 _STEP = re.compile(r'\.(\w+)|, "([^"]*)"\)')
 
@@ -218,7 +219,7 @@ def _quicken(kinds: Mapping[str, str], flat: bool, body: list[str]) -> list[str]
         kind = kinds.get(".".join(path))
         if read is None or kind is None:
             check = _CHECK.fullmatch(line) if flat else None
-            rest.append(line if check is None else _CHECKED.format(check[2]))
+            rest.append(line if check is None else _CHECKED.format(*check.groups()))
             continue
         for depth in range(1, len(path)):
             inner = ".".join(path[:depth])

@@ -261,6 +261,7 @@ def test_plain_inputs_keep_their_names_and_are_checked() -> None:
             each(X[:1], other=X.cos(), scale=2.0)
         with pytest.raises(TypeError):
             each(X, other=X.cos(), scale=2.0, more=1)
+        assert "self._checked(" in each.code
     none: Any = fold(model, (X, None))
     same(none(X, None), model(X))
     with pytest.raises(TypeError, match="the model was traced with other=None"):
