@@ -470,3 +470,28 @@ def test_a_weight_whose_memory_is_taken_away_and_given_back_is_seen() -> None:
         storage.resize_(size)
         model.base.weight.fill_(1.0)
         same(folded(X), model(X))
+
+
+def test_compiled_it_follows_what_is_put_in_the_place_of_weights() -> None:
+    _, folded = pair()
+    compiled: Any = torch.compile(folded, backend="inductor", fullgraph=True)
+
+    def want(x: Tensor) -> Tensor:
+        weight = folded.base.weight + folded.up.weight @ folded.down.weight
+        return nn.functional.linear(x, weight, folded.base.bias)
+
+    with torch.no_grad():
+        same(compiled(X), want(X))
+        folded.base.weight = nn.Parameter(torch.ones(8, 8))
+        same(compiled(X), want(X))
+        folded.load_state_dict({name: value + 1 for name, value in folded.state_dict().items()}, assign=True)
+        same(compiled(X), want(X))
+        folded.base.weight.data = folded.base.weight.data.t() * 2
+        same(compiled(X), want(X))
+        folded.up.weight.requires_grad_(False)
+        same(compiled(X), want(X))
+        folded.to(torch.float64)
+        same(compiled(X.double()), want(X.double()))
+    same(
+        torch.autograd.grad(compiled(X.double()).sum(), [folded.base.weight]), [torch.ones(8, 2).double() @ X.double()]
+    )
