@@ -16,13 +16,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn, cast
 
-import torch
-
 from hopkit import kit
 from hopkit.errors import HopkitError, HopkitWarning, PluginError
 from hopkit.explain import HEADER, explain, find, function_name
 from hopkit.new import new
 from hopkit.op import AnyOp
+from hopkit.program import load_program
 from hopkit.spec import Sample
 from hopkit.table import table
 
@@ -188,12 +187,7 @@ def check(chosen: argparse.Namespace) -> int:
 
 def _samples(op: AnyOp, path: str) -> list[Sample]:
     """Samples from an exported program of the user's, made by a plugin that knows how."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"there is no file {path}")
-    try:
-        program = torch.export.load(path)
-    except Exception as error:  # torch raises whatever the damage led to
-        raise ValueError(f"{path} is no exported program (torch.export.save writes one): {error}") from error
+    program = load_program(path)
     for impl in kit.current().plugins.impls("hopkit_samples_from_program", op.spec.name):
         given = impl.ask(op.spec, program=program)
         if given is not None:

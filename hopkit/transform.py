@@ -54,6 +54,11 @@ class Replayed:
         """The values that the subgraph closes over, each once."""
         return tuple(self._inputs[i] for i in dict.fromkeys(i for v in self._variants for i in v.captures))
 
+    @property
+    def graphs(self) -> tuple[Callable[..., object], ...]:
+        """The graphs that were recorded, one for each thing that it is called with."""
+        return tuple(self._graphs[i] for i in dict.fromkeys(v.graph for v in self._variants))
+
     def __call__(self, /, *args: object, **kwargs: object) -> object:
         leaves, tree = trees.flatten((args, kwargs))
         # A graph for just these sizes comes before one for sizes that only running the op can tell.

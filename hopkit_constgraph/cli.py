@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from hopkit.extend import HopkitError, hookimpl
+from hopkit.extend import hookimpl, load_program
 from hopkit_constgraph.fold import fold, report_of
 from hopkit_constgraph.policy import Policy
 
@@ -39,12 +39,14 @@ def main(argv: Sequence[str]) -> int:
         command.add_argument("--no-norms", action="store_true", help="leave batch norms as they are")
         command.add_argument("--json", action="store_true", help="print JSON")
         if name == "fold":
+            command.add_argument("--release", action="store_true", help="leave weights out that only constants use")
             command.add_argument("-o", "--output", required=True, metavar="FOLDED.pt2", help="where to write it")
     chosen = parser.parse_args(argv)
     _tell(f"reading {chosen.program}")
-    program = _load(chosen.program)
+    program = load_program(chosen.program)
     _tell(f"folding {len(program.graph.nodes)} nodes")
-    folded = fold(program, policy=Policy(chosen.growth, most=chosen.most, norms=not chosen.no_norms))
+    release = chosen.command == "fold" and chosen.release
+    folded = fold(program, policy=Policy(chosen.growth, most=chosen.most, release=release, norms=not chosen.no_norms))
     if chosen.command == "fold":
         _tell(f"writing {chosen.output}")
         _save(folded, chosen.output)
@@ -57,17 +59,6 @@ def main(argv: Sequence[str]) -> int:
 def _tell(text: str) -> None:
     if sys.stderr.isatty():
         print(f"\r\x1b[2K{text}", end="", file=sys.stderr, flush=True)
-
-
-def _load(path: str) -> Program:
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"there is no file {path}")
-    try:
-        return torch.export.load(path)
-    except HopkitError:
-        raise
-    except Exception as error:  # torch raises whatever the damage led to
-        raise ValueError(f"{path} is no exported program (torch.export.save writes one): {error}") from error
 
 
 def _save(program: Program, path: str) -> None:

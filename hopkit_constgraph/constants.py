@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import operator
 from collections.abc import Container, Iterable, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch.export import ExportedProgram
@@ -69,13 +70,15 @@ def find(graph: Graph, sources: Mapping[Node, torch.Tensor], changed: Container[
                 computed.add(node)
             else:
                 node.replace_all_uses_with(same)
+                graph.erase_node(node)
     return Constants(weights, frozenset(computed), left)
 
 
 def graph_of(results: Sequence[Node], found: Constants) -> tuple[GraphModule, list[Node]]:
-    """A graph that computes ``results`` from weights; and which weights it takes."""
+    """A graph that computes ``results`` from weights, and checks what the model checks of these; and the weights."""
     graph, copies = Graph(), dict[Node, Node]()
     nodes = ancestors(results)
+    nodes = sorted([*nodes, *checks(nodes, found)])
     weights = [node for node in nodes if node in found.sources]
     for node in weights:
         copies[node] = graph.placeholder(node.name)
@@ -85,6 +88,12 @@ def graph_of(results: Sequence[Node], found: Constants) -> tuple[GraphModule, li
             copies[node] = graph.node_copy(node, copies.__getitem__)
     graph.output(tuple(copies[node] for node in results))
     return GraphModule({}, graph), weights
+
+
+def checks(nodes: Sequence[Node], found: Constants) -> list[Node]:
+    """What gives nothing, and takes nothing but these: an assertion of the model's, or of torch.export's."""
+    inside = set(nodes)
+    return [n for n in found.computed if n.all_input_nodes and not n.users and inside.issuperset(n.all_input_nodes)]
 
 
 def ancestors(nodes: Iterable[Node]) -> list[Node]:
@@ -100,9 +109,27 @@ def ancestors(nodes: Iterable[Node]) -> list[Node]:
 
 
 def shares(node: Node) -> bool:
-    """Whether what the node gives may lie in the memory of what it takes: a view."""
+    """Whether what the node gives lies in the memory of what it takes: a view, or a cast to what it is already."""
     if node.target is operator.getitem:
+        (taken, _) = node.args
+        return isinstance(taken, Node) and shares(taken)
+    if not _may_share(node):
         return False
+    taken, given = node.all_input_nodes[0].meta["val"], node.meta["val"]
+    if not isinstance(given, torch.Tensor) or node.target is torch.ops.aten.detach.default:
+        return True  # several parts, as of split
+    if (taken.dtype, taken.device) != (given.dtype, given.device):
+        return False
+    source = torch.empty_strided(taken.shape, taken.stride(), dtype=taken.dtype, device="meta")
+    try:
+        made = cast("Any", node.target)(*torch.fx.map_arg(node.args, lambda _: source), **node.kwargs)
+    except (RuntimeError, NotImplementedError, TypeError):  # it takes more than one tensor, or a device
+        return True
+    return made is source or made._base is source
+
+
+def _may_share(node: Node) -> bool:
+    """Whether an operator's schema says that what it gives may lie in the memory of what it takes."""
     returns = node.target._schema.returns if isinstance(node.target, OPERATOR) else ()
     return any(value.alias_info is not None for value in returns)
 
@@ -158,17 +185,31 @@ def _written(graph: Graph) -> set[Node]:
         return node
 
     for node in graph.nodes:
-        if node.op != "call_function":
+        if node.op not in ("call_function", "call_method", "call_module"):
             continue
-        if node.target is operator.getitem or shares(node):
+        if node.target is operator.getitem or _may_share(node):
             for taken in node.all_input_nodes[:1]:
                 owners[node] = taken
-        if isinstance(node.target, OPERATOR):
+        if not isinstance(node.target, OPERATOR):
+            if _may_write(node):
+                written.update(map(owner, node.all_input_nodes))
+        else:
             given = _given(node)
             for argument in node.target._schema.arguments:
                 if argument.alias_info is not None and argument.alias_info.is_write:
                     written.update(map(owner, _nodes(given.get(argument.name))))
     return {node for node in graph.nodes if owner(node) in written}
+
+
+def _may_write(node: Node) -> bool:
+    """Whether something that is no operator may write to what it takes: a graph inside it does, or nobody knows."""
+    owner = node.graph.owning_module
+    graphs = [] if owner is None else [n.target for n in node.all_input_nodes if n.op == "get_attr"]
+    inner = [operator.attrgetter(str(name))(owner) for name in graphs]
+    inside = [module.graph for module in inner if isinstance(module, GraphModule)]
+    if node.target is operator.getitem:
+        return False
+    return not inside or any(n.op == "placeholder" for graph in inside for n in _written(graph))
 
 
 def _given(node: Node) -> dict[str, object]:

@@ -6,18 +6,21 @@ import copy
 import itertools
 import operator
 import weakref
-from collections.abc import Container, Mapping
+from collections.abc import Callable, Container, Mapping
 from typing import TypeVar, cast
 
 import torch
+from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 from torch.fx import GraphModule, Node
 
 import hopkit
 from hopkit_constgraph import constants
 from hopkit_constgraph.choose import choose, size
+from hopkit_constgraph.folded import Folded
 from hopkit_constgraph.norms import absorb
 from hopkit_constgraph.op import run_const_graph_once
 from hopkit_constgraph.policy import Policy
+from hopkit_constgraph.release import computed, final, release
 from hopkit_constgraph.report import Constant, FoldReport, Left
 
 ExportedProgram = torch.export.ExportedProgram
@@ -78,7 +81,8 @@ def fold(
     if folded is traced:
         _reports[model] = report_of(traced)
         return model
-    module = folded.module()
+    module = Folded.of(folded, report_of(folded).released)
+    module.training = model.training
     _reports[module] = report_of(folded)
     return cast("M", module)
 
@@ -105,21 +109,40 @@ def _fold_program(program: ExportedProgram, policy: Policy) -> ExportedProgram:
     tensors = {**program.state_dict, **program.constants}
     module = _copied(program.graph_module)
     names, changed = constants.weights_of(program, module.graph)
-    report = _move(module, {n: tensors[name] for n, name in names.items()}, names, policy, changed)
+    signature = copy.deepcopy(program.graph_signature)
+    held: dict[str, torch.Tensor] = {}
+
+    def hold(node: Node, value: torch.Tensor) -> Node:
+        name = _free(f"_constant_{node.name}", tensors)
+        held[name] = value
+        with module.graph.inserting_before(next(iter(module.graph.nodes))):
+            placeholder = module.graph.placeholder(f"b_{name}")
+        argument = TensorArgument(placeholder.name)
+        signature.input_specs.insert(0, InputSpec(InputKind.BUFFER, argument, name, persistent=True))
+        return placeholder
+
+    sources = {n: tensors[name] for n, name in names.items()}
+    report, gone = _move(module, sources, names, policy, hold, changed)
     if not report.constants:
         _reports[program.graph_module] = report
         return program
+    without = {node.name for node in names if names[node] in gone}
+    for node in [node for node in names if node.name in without]:
+        module.graph.erase_node(node)
+    signature.input_specs[:] = [spec for spec in signature.input_specs if spec.arg.name not in without]
+    module.recompile()
     folded = ExportedProgram(
         module,
         module.graph,
-        copy.deepcopy(program.graph_signature),
-        program.state_dict,
+        signature,
+        held | {name: value for name, value in program.state_dict.items() if name not in gone},
         program.range_constraints,
         program.module_call_graph,
         program.example_inputs,
-        program.constants,
+        {name: value for name, value in program.constants.items() if name not in gone},
         verifiers=program.verifiers,
     )
+    release(gone)
     _reports[folded.graph_module] = report
     return folded
 
@@ -132,9 +155,24 @@ def _fold_graph(model: GraphModule, policy: Policy) -> GraphModule:
         if isinstance(value, torch.Tensor):
             sources[node] = value
             node.meta.setdefault("val", value.detach().to("meta"))
-    report = _move(module, sources, {node: str(node.target) for node in sources}, policy)
+
+    def hold(node: Node, value: torch.Tensor) -> Node:
+        name = _free(f"_constant_{node.name}", dir(module))
+        module.register_buffer(name, value)
+        return module.graph.get_attr(name)
+
+    report, gone = _move(module, sources, {node: str(node.target) for node in sources}, policy, hold)
+    for name in gone:
+        owner, _, leaf = name.rpartition(".")
+        delattr(module.get_submodule(owner), leaf)
+    release(gone)
     _reports[module if report.constants else model] = report
     return module if report.constants else model
+
+
+def _free(name: str, taken: Container[str]) -> str:
+    """A name like this that is not taken."""
+    return next(n for n in itertools.chain([name], map((name + "_{}").format, itertools.count(1))) if n not in taken)
 
 
 def _copied(module: GraphModule) -> GraphModule:
@@ -152,9 +190,22 @@ def _move(
     sources: Mapping[Node, torch.Tensor],
     names: Mapping[Node, str],
     policy: Policy,
+    hold: Callable[[Node, torch.Tensor], Node],
     changed: Container[Node] = (),
-) -> FoldReport:
-    """Move the constant part of a graph into a graph of its own, in place."""
+) -> tuple[FoldReport, dict[str, torch.Tensor]]:
+    """Move the constant part of a graph into a graph of its own, in place.
+
+    Args:
+        module: The graph.
+        sources: Its weights, by their nodes.
+        names: Their names.
+        policy: What is moved.
+        hold: Makes a node that stands for a value that is computed for good.
+        changed: The weights that the model changes, though nothing in the graph says so.
+
+    Returns:
+        What was done, and the weights that are to be released.
+    """
     graph = module.graph
     for node in graph.nodes:
         if node.op == "call_function" and "val" not in node.meta:
@@ -170,31 +221,47 @@ def _move(
     chosen, left = choose(found, policy)
     told = tuple(Left(names.get(node, node.name), left[node]) for node in sorted(left))
     if not chosen:
-        return FoldReport((), told, 0, 0)
-    report = tuple(_constant(node, found.sources, names) for node in chosen)
-    folded, weights = constants.graph_of(chosen, found)
-    moved = [node for node in constants.ancestors(chosen) if node not in found.sources]
-    untaken = itertools.chain([NAME], map((NAME + "_{}").format, itertools.count(1)))
-    name = next(free for free in untaken if not hasattr(module, free))
-    setattr(module, name, folded)
+        return FoldReport((), told, 0, 0), {}
+    done, unused = final(chosen, found) if policy.release else ([], [])
+    values = computed(done, found)
+    lost = {id(sources[node]) for node in unused}
+    gone = {names[node]: tensor for node, tensor in sources.items() if id(tensor) in lost}  # all names of a tied weight
+    within = constants.ancestors(chosen)
+    moved = sorted([*(n for n in within if n not in found.sources), *constants.checks(within, found)])
+    taken = sum(size(node) for node in within if node in found.sources)
+    report = FoldReport(
+        tuple(_constant(node, found.sources, names) for node in chosen), told, len(moved), taken, tuple(gone)
+    )
     first = next(node for node in graph.nodes if node.op == "call_function")
     with graph.inserting_before(first):
-        taken = [node if node.op == "placeholder" else graph.node_copy(node) for node in weights]
-        results = graph.call_function(run_const_graph_once.operator, (graph.get_attr(name), tuple(taken)))
-        results.meta["val"] = tuple(node.meta["val"] for node in chosen)
-        items: dict[Node, Node] = {}
-        for number, node in enumerate(chosen):
-            items[node] = graph.call_function(operator.getitem, (results, number))
-            items[node].meta = dict(node.meta)
-            node.replace_all_uses_with(items[node])
-    for node in reversed([*weights, *moved]):
+        items = {node: hold(node, values[node]) for node in done}
+        items |= _kept(module, [node for node in chosen if node not in values], found)
+    for node, item in items.items():
+        item.meta = {**node.meta, **item.meta}
+        node.replace_all_uses_with(item)
+    for node in reversed([*sources, *moved]):
         if node.op != "placeholder" and not node.users:
             graph.erase_node(node)
     for node, item in items.items():
-        item.name = node.name  # a program knows its outputs by their names
+        if item.op == "call_function":
+            item.name = node.name  # a program knows its outputs by their names
     graph.lint()
     module.recompile()
-    return FoldReport(report, told, len(moved), sum(map(size, weights)))
+    return report, gone
+
+
+def _kept(module: GraphModule, chosen: list[Node], found: constants.Constants) -> dict[Node, Node]:
+    """Write a node that computes these constants once, and give what stands for each of them."""
+    if not chosen:
+        return {}
+    graph = module.graph
+    folded, weights = constants.graph_of(chosen, found)
+    name = _free(NAME, dir(module))
+    setattr(module, name, folded)
+    taken = [node if node.op == "placeholder" else graph.node_copy(node) for node in weights]
+    results = graph.call_function(run_const_graph_once.operator, (graph.get_attr(name), tuple(taken)))
+    results.meta["val"] = tuple(node.meta["val"] for node in chosen)
+    return {node: graph.call_function(operator.getitem, (results, number)) for number, node in enumerate(chosen)}
 
 
 def _constant(node: Node, sources: Mapping[Node, torch.Tensor], names: Mapping[Node, str]) -> Constant:

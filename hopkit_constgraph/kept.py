@@ -1,31 +1,29 @@
 """What constant graphs gave, kept until a weight changes.
 
-A result is good while every argument is the same tensor, at the same place, of the same version, and while nobody has
-written to the result. torch counts a version up at every write, but for two: those through ``tensor.data``, and those
-under inference mode to tensors that were made there. `refresh` is for the former; the latter are never kept.
+A result is good while every argument is the same tensor, and is as it was (`Seen`), and so is the result. What nobody
+can see are writes through ``tensor.data``, which `refresh` is for, and under inference mode to tensors that were made
+there, which are never kept.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import operator
+import functools
 import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from torch.fx import GraphModule
 
 from hopkit.extend import Call
-from hopkit.extend.device import alone
+from hopkit.extend.device import Seen, alone
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
 Graph = Callable[..., Sequence[torch.Tensor]]
-
-_version = operator.attrgetter("_version")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,12 +45,32 @@ class Stats:
 
 def kept(graph: Callable[..., object], args: tuple[object, ...]) -> object:
     """``graph(*args)``, from an earlier call where nothing has changed since."""
-    if not alone() or not isinstance(graph, GraphModule):
+    own = graph if isinstance(graph, GraphModule) else _recorded(graph)
+    if own is None or not alone():
         return graph(*args)
-    memory = _memories.get(graph)
+    memory = _memories.get(own)
     if memory is None:
-        memory = _memories.setdefault(graph, Memory())
-    return memory.results(graph, args)
+        memory = _memories.setdefault(own, Memory())
+    return memory.results(cast("Graph", graph), args)
+
+
+def _recorded(graph: object) -> GraphModule | None:
+    """The graph in a node that is run, where it is one graph and closes over nothing."""
+    if not isinstance(graph, Recorded) or graph.captures:
+        return None
+    (own,) = graph.graphs if len(graph.graphs) == 1 else (None,)
+    return own if isinstance(own, GraphModule) else None
+
+
+@runtime_checkable
+class Recorded(Protocol):
+    """A subgraph of a node, which hopkit looks up for what it is called with."""
+
+    @property
+    def graphs(self) -> Sequence[object]: ...
+
+    @property
+    def captures(self) -> Sequence[object]: ...
 
 
 class Memory:
@@ -61,6 +79,12 @@ class Memory:
     def __init__(self) -> None:
         self._lock = threading.RLock()
         self.entries: dict[object, Entry] = {}
+        self.seen: Seen | None = None
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget the results, and the figures."""
+        self.entries.clear()
         self.hits = self.misses = 0
         self.seconds = 0.0
 
@@ -74,7 +98,7 @@ class Memory:
                 if entry is None or not entry.holds(args):
                     return self._compute(graph, state, args)
         self.hits += 1
-        return entry.given(graph)
+        return entry.given(graph, args)
 
     def _compute(self, graph: Graph, state: object, args: tuple[object, ...]) -> Sequence[torch.Tensor]:
         if not all(type(arg) in _PLAIN and _tells(cast("torch.Tensor", arg)) for arg in args):
@@ -82,42 +106,47 @@ class Memory:
         self.misses += 1
         self.entries.pop(state, None)
         start = time.perf_counter()
-        entry = Entry(graph, cast("tuple[torch.Tensor, ...]", args))
+        weights = cast("tuple[torch.Tensor, ...]", args)
+        self.seen = Seen(weights, functools.partial(_forget, weakref.ref(self), state))
+        entry = Entry(graph, weights, self.seen)
         self.seconds += time.perf_counter() - start
         if entry.holds(args):  # nobody has written to a weight meanwhile
             self.entries[state] = entry
-        return entry.given(graph)
+        return entry.given(graph, args)
+
+
+def _forget(memory: weakref.ref[Memory], state: object) -> None:
+    """Let go of what was computed from a weight that is gone."""
+    if (found := memory()) is not None:
+        found.entries.pop(state, None)
 
 
 class Entry:
-    """Results, and all that has to be as it was for them to be good. It does not hold the graph, which holds it."""
+    """Results, and how all was when they were computed. It holds neither the graph, which holds it, nor the weights."""
 
-    def __init__(self, graph: Graph, args: tuple[torch.Tensor, ...]) -> None:
-        self._args = args
-        self._seen = _seen(args)
+    def __init__(self, graph: Graph, args: tuple[torch.Tensor, ...], seen: Seen) -> None:
+        self._args = seen
         self._wanted = [torch.is_grad_enabled() and arg.requires_grad for arg in args]
+        self._untold = not torch.is_grad_enabled() and any(arg.requires_grad for arg in args)
         self._leaves = [arg.detach().requires_grad_(want) for arg, want in zip(args, self._wanted, strict=True)]
         # Results that were made under inference mode would tell nobody that they are written to.
         with torch.inference_mode(False), torch.set_grad_enabled(any(self._wanted)):
             self._outputs = tuple(graph(*self._leaves))
+        if not any(self._wanted):
+            self._leaves = []
         self.results = tuple(output.detach() for output in self._outputs)
-        self._versions = [*map(_version, self.results)]
+        self._results = Seen(self.results)
 
     def holds(self, args: tuple[object, ...]) -> bool:
         """Whether the results are those for ``args``, today."""
-        return (
-            len(args) == len(self._args)
-            and all(map(operator.is_, args, self._args))
-            and _seen(self._args) == self._seen
-            and [*map(_version, self.results)] == self._versions
-            and (not torch.is_grad_enabled() or [arg.requires_grad for arg in self._args] == self._wanted)
-        )
+        told = not (self._untold and torch.is_grad_enabled())
+        return told and self._args.holds(args) and self._results.holds(self.results)
 
-    def given(self, graph: Graph) -> Sequence[torch.Tensor]:
+    def given(self, graph: Graph, args: tuple[object, ...]) -> Sequence[torch.Tensor]:
         """The results; where gradients are wanted, with the way to the weights."""
         if not (torch.is_grad_enabled() and any(self._wanted)):
             return self.results
-        results = _Kept.apply(self, graph, *self._args)  # type: ignore[no-untyped-call] # torch's own
+        results = _Kept.apply(self, graph, *args)  # type: ignore[no-untyped-call] # torch's own
         return cast("Sequence[torch.Tensor]", results)
 
     def gradients(
@@ -160,11 +189,6 @@ class _Kept(torch.autograd.Function):
         return (None, None, *ctx.entry.gradients(ctx.graph, ctx.saved_tensors, given))
 
 
-def _seen(args: Sequence[torch.Tensor]) -> list[int]:
-    """What changes when somebody writes to a tensor, or puts other memory into it."""
-    return [*map(_version, args), *map(torch.Tensor.data_ptr, args)]
-
-
 def _tells(tensor: torch.Tensor) -> bool:
     """Whether a tensor shows that it was written to. What processes share another one may have written to."""
     shared = tensor.device.type == "cpu" and tensor.is_shared()
@@ -183,12 +207,16 @@ _memories: weakref.WeakKeyDictionary[torch.nn.Module, Memory] = weakref.WeakKeyD
 
 
 def _of(model: torch.nn.Module) -> list[Memory]:
-    return [_memories[module] for module in model.modules() if module in _memories]
+    """What the graphs in a model gave, and what compiled code computed from its weights."""
+    weights = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+    compiled = [memory for _, memory in list(_compiled.values()) if memory.seen is not None and memory.seen.of(weights)]
+    return [*(_memories[module] for module in model.modules() if module in _memories), *compiled]
 
 
 # -- compiled --------------------------------------------------------------------------------------------------------
+_compiled: dict[str, tuple[Graph, Memory]] = {}
+"""By the names in compiled code: graphs, and what they gave, which lives as long as what it was computed from."""
 
-_called: dict[str, tuple[Graph, Memory]] = {}
 _library = torch.library.Library("hopkit_constgraph", "DEF")
 # A CUDA graph would replay what follows with the memory of the day, and call nothing.
 _library.define("kept(str name, Tensor[] args) -> Tensor[]", tags=(torch.Tag.cudagraph_unsafe,))
@@ -202,18 +230,18 @@ def remember(call: Call) -> str:
     def run(*args: object) -> Sequence[torch.Tensor]:
         return cast("Sequence[torch.Tensor]", own.replace(inputs=args).run())
 
-    name = f"{call.op.name} {len(_called)}"
-    _called[name] = run, Memory()
+    name = f"{call.op.name} {len(_compiled)}"
+    _compiled[name] = run, Memory()
     return name
 
 
 def _run(name: str, args: list[torch.Tensor]) -> list[torch.Tensor]:
-    graph, memory = _called[name]
+    graph, memory = _compiled[name]
     return list(memory.results(graph, tuple(args)))
 
 
 def _like(name: str, args: list[torch.Tensor]) -> list[torch.Tensor]:
-    graph, _ = _called[name]
+    graph, _ = _compiled[name]
     return [torch.empty_like(value) for value in graph(*args)]
 
 
@@ -245,5 +273,5 @@ def refresh(model: torch.nn.Module) -> None:
 
 def clear(model: torch.nn.Module) -> None:
     """As `refresh`, and the figures of `stats` start again."""
-    for module in model.modules():
-        _memories.pop(module, None)
+    for memory in _of(model):
+        memory.clear()

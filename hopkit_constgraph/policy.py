@@ -19,6 +19,8 @@ class Policy:
             weights take four times theirs, and are left in place.
         small: Constants of up to this many bytes may grow as they like.
         most: All constants together may take this many bytes. None: as many as they take.
+        release: Compute the constants when the model is folded, and let go of the weights that nothing else uses: in
+            the folded model, and in the one that was given. Whoever touches one of these from then on gets an error.
         norms: Write batch norms in evaluation into the weights of the convolutions before them. Rounding differs a
             little from that of the model.
         skip: Says of a node of the graph that it is to stay as it is.
@@ -27,6 +29,7 @@ class Policy:
     growth: float = 2.0
     small: int = MIB
     most: int | None = None
+    release: bool = False
     norms: bool = True
     skip: Callable[[Node], bool] | None = None
 

@@ -47,13 +47,15 @@ class FoldReport:
         constants: The values that are computed once.
         left: What depends on weights alone, and stays.
         moved: How many nodes were moved into the constant graph.
-        taken: The bytes of the weights that the constant graph uses.
+        taken: The bytes of the weights that the constants are computed from.
+        released: The names of the weights that are gone, and whose constants are final.
     """
 
     constants: tuple[Constant, ...]
     left: tuple[Left, ...]
     moved: int
     taken: int
+    released: tuple[str, ...] = ()
 
     @property
     def given(self) -> int:
@@ -67,6 +69,7 @@ class FoldReport:
         return (
             f"{self.moved} nodes moved, which give {len(self.constants)} constants: {_bytes(self.given)} from "
             f"{_bytes(self.taken)} of weights; {len(self.left)} nodes left"
+            + (f"; {len(self.released)} weights released" if self.released else "")
         )
 
     def __str__(self) -> str:

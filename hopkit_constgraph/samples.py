@@ -15,6 +15,7 @@ from torch.fx import Node
 from torch.nn.utils.parametrizations import weight_norm
 
 import hopkit
+from hopkit.extend import load_program
 from hopkit_constgraph import constants
 
 SPLIT = ("aten._weight_norm.default", "aten._weight_norm_interface.default")
@@ -92,8 +93,9 @@ def sample_from_program(path: str | os.PathLike[str]) -> hopkit.Sample:
 
     Raises:
         HopkitError: Nothing in the program depends on its weights alone.
+        FileNotFoundError, ValueError: There is no such program; see `hopkit.extend.load_program`.
     """
-    return constant_part(torch.export.load(path), os.path.basename(path))
+    return constant_part(load_program(path), os.path.basename(path))
 
 
 def constant_part(program: ExportedProgram, name: str = "program") -> hopkit.Sample:

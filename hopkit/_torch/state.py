@@ -210,4 +210,4 @@ _KNOWN = (torch.Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor)
 
 def symbolic(inputs: object) -> bool:
     """Whether torch.fx traces symbolically, as it does to unpickle a graph: it takes an operator as it stands."""
-    return any(isinstance(value, torch.fx.Proxy) for value in trees.quick_leaves(inputs))
+    return trees.holds((torch.fx.Proxy,), (inputs,))

@@ -75,8 +75,22 @@ def map_tensors(fn: Callable[[torch.Tensor], torch.Tensor], value: object) -> ob
     return tuple(map(fn, value)) if _is_tuple_of_tensors(value) else map_only(torch.Tensor, fn, value)
 
 
+def holds(kinds: tuple[type, ...], values: Iterable[object]) -> bool:
+    """Whether a leaf of one of these pytrees is of such a class; fast for what is plain, and for flat tuples of it."""
+    return any(
+        isinstance(leaf, kinds)
+        for value in values
+        if not (type(value) in _PLAIN or (type(value) is tuple and _PLAIN.issuperset(map(type, value))))
+        for leaf in leaves(value)
+    )
+
+
 def _is_tuple_of_tensors(value: object) -> TypeGuard[tuple[torch.Tensor, ...]]:
-    return type(value) is tuple and all(type(v) is torch.Tensor for v in value)
+    return type(value) is tuple and _TENSORS.issuperset(map(type, value))
+
+
+_TENSORS = frozenset({torch.Tensor, torch.nn.Parameter})
+_PLAIN = _TENSORS | {int, float, bool, str, type(None)}
 
 
 def like(value: object, tree: Tree, kind: type) -> list[object]:

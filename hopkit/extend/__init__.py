@@ -13,6 +13,7 @@ from hopkit.errors import (
 )
 from hopkit.hookspecs import hookimpl
 from hopkit.modes import Mode
+from hopkit.program import load_program
 from hopkit.rule import Decline, Rule
 from hopkit.spec import Kind, OpSpec, Parameter, Sample, Subgraph
 from hopkit.table import table
@@ -38,5 +39,6 @@ __all__ = [
     "SignatureError",
     "Subgraph",
     "hookimpl",
+    "load_program",
     "table",
 ]

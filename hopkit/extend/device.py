@@ -6,9 +6,10 @@ from typing import Protocol, TypeVar
 
 from typing_extensions import ParamSpec
 
+from hopkit._torch.seen import Seen
 from hopkit._torch.state import alone
 
-__all__ = ["DeviceRule", "alone"]
+__all__ = ["DeviceRule", "Seen", "alone"]
 
 P = ParamSpec("P")
 R = TypeVar("R", covariant=True)

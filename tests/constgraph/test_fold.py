@@ -205,6 +205,81 @@ def test_a_model_without_constants_is_given_back() -> None:
     assert str(report_of(folded)).startswith("nothing is computed from weights alone")
 
 
+class Laid(nn.Module):
+    """A weight that is laid out anew, one that is cast, one that is cast to what it is, and one that is cut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.turned, self.cast = nn.Parameter(torch.rand(8, 8)), nn.Parameter(torch.rand(8, 8).double())
+        self.same, self.cut = nn.Parameter(torch.rand(8, 8)), nn.Parameter(torch.rand(16, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x @ self.turned.t().contiguous()
+        x = x @ self.cast.to(torch.float32)
+        x = x @ self.same.to(torch.float32).contiguous().reshape(4, 16).view(8, 8)
+        first, second = self.cut.split(8)
+        result: Tensor = x @ first + x @ second.t()
+        return result
+
+
+def test_a_copy_is_folded_and_a_view_is_not() -> None:
+    model = Laid()
+    folded = fold(model, (X,))
+    assert sorted(constant.weights for constant in report_of(folded).constants) == [("cast",), ("turned",)]
+    with torch.no_grad():
+        for _ in range(2):
+            same(folded(X), model(X))
+            for weight in model.parameters():
+                weight.mul_(1.5)
+
+
+def test_the_parts_of_a_constant_are_views_of_it() -> None:
+    class Parts(Merged):
+        def forward(self, x: Tensor) -> Tensor:
+            first, second = (self.base.weight * 2).split(4)
+            result: Tensor = x @ first.t() + x @ second.t()
+            return result
+
+    model = Parts()
+    folded = fold(model, (X,))
+    (constant,) = report_of(folded).constants
+    assert (constant.nodes, constant.given) == (1, 8 * 8 * 4)
+    same(folded(X), model(X))
+
+
+def test_a_weight_that_the_model_changes_is_named() -> None:
+    class Changing(Merged):
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                self.up.weight.mul_(0.5)
+            return super().forward(x)
+
+    model, other = Changing(), Changing()
+    folded = fold(model, (X,))
+    assert ("up.weight", "the model writes to it") in [(left.node, left.reason) for left in report_of(folded).left]
+    assert not any("up.weight" in constant.weights for constant in report_of(folded).constants)
+    with torch.no_grad():
+        for _ in range(3):
+            same(folded(X), other(X))
+
+
+def test_what_checks_a_weight_still_does() -> None:
+    class Checks(Merged):
+        def forward(self, x: Tensor) -> Tensor:
+            norm = self.base.weight.square().sum()
+            torch.ops.aten._assert_async.msg(norm > 0, "the weight is gone")
+            return super().forward(x) / norm
+
+    model = Checks()
+    folded = fold(model, (X,))
+    with torch.no_grad():
+        same(folded(X), model(X))
+        model.base.weight.zero_()
+        with pytest.raises(RuntimeError, match="the weight is gone"):
+            folded(X)
+
+
 # -- the policy ------------------------------------------------------------------------------------------------------
 
 
@@ -282,4 +357,5 @@ def test_a_policy_that_makes_no_sense(wrong: dict[str, Any]) -> None:
 
 
 def test_a_report_is_data() -> None:
-    assert FoldReport((), (), 0, 0).as_json() == {"constants": (), "left": (), "moved": 0, "taken": 0, "given": 0}
+    told = {"constants": (), "left": (), "moved": 0, "taken": 0, "released": (), "given": 0}
+    assert FoldReport((), (), 0, 0).as_json() == told

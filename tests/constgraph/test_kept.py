@@ -16,12 +16,16 @@ from torch import Tensor, nn
 from hopkit_constgraph import clear, fold, refresh, run_const_graph_once, stats
 from tests.constgraph.models import Merged, X
 from tests.recording import same
+from tests.saving import again
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning"),  # torch 2.13, of its own pytrees
     pytest.mark.filterwarnings("ignore:Please add support for subgraph args:UserWarning"),  # torch's, of any node kept
     pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning"),  # torch's own
 ]
+
+
+Program = torch.export.ExportedProgram
 
 
 def pair() -> tuple[Merged, Any]:
@@ -326,3 +330,168 @@ def test_compiled_training() -> None:
         same(slopes(model, compiled(X).sin().sum()), slopes(model, model(X).sin().sum()))
         with torch.no_grad():
             _write(model)
+
+
+# -- through the stack -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", [lambda program: program, again], ids=["as it is", "saved"])
+def test_exported_again_it_runs_once(
+    way: Callable[[torch.export.ExportedProgram], torch.export.ExportedProgram],
+) -> None:
+    model, folded = pair()
+    module: Any = way(torch.export.export(folded, (X,))).module()
+    with torch.no_grad():
+        for _ in range(3):
+            same(module(X), model(X))
+        assert counts(module) == (2, 1)
+        for each in {id(w): w for w in (module.base.weight, model.base.weight)}.values():
+            each.add_(1.0)
+        same(module(X), model(X))
+        assert counts(module) == (2, 2)
+    got = torch.autograd.grad(module(X).sin().sum(), weights(module))
+    same(got, torch.autograd.grad(model(X).sin().sum(), weights(model)))
+
+
+def test_of_compiled_code_there_are_figures_and_a_word_helps_too() -> None:
+    model, folded = pair()
+    compiled: Any = torch.compile(folded, fullgraph=True)
+    with torch.no_grad():
+        for _ in range(3):
+            compiled(X)
+        assert counts(folded) == (2, 1)
+        assert stats(folded).bytes == 8 * 8 * 4
+        model.base.weight.data.add_(1.0)  # torch counts nothing up
+        refresh(folded)
+        same(compiled(X), model(X))
+        assert counts(folded) == (2, 2)
+        clear(folded)
+        assert counts(folded) == (0, 0)
+        same(compiled(X), model(X))
+
+
+@pytest.mark.parametrize("compile_it", [False, True])
+@pytest.mark.parametrize("train", [False, True])
+def test_nothing_is_left_of_weights_that_are_gone(compile_it: bool, train: bool) -> None:
+    model, folded = pair()
+    run: Any = torch.compile(folded) if compile_it else folded
+    with torch.set_grad_enabled(train):
+        run(X)
+    memory = weakref.ref(model.base.weight.untyped_storage())
+    del model, folded, run
+    torch.compiler.reset()
+    gc.collect()
+    assert memory() is None
+
+
+def test_weights_that_are_replaced_are_let_go_of() -> None:
+    model, folded = pair()
+    with torch.no_grad():
+        folded(X)
+    memory = weakref.ref(model.base.weight.untyped_storage())
+    folded.base.weight = nn.Parameter(torch.ones(8, 8))
+    del model
+    gc.collect()
+    assert memory() is None
+    assert stats(folded).bytes == 0
+
+
+def test_a_first_call_that_fails_leaves_the_model_as_it_was() -> None:
+    model, folded = pair()
+    graph = folded._const_graph
+    called = type(graph).forward
+
+    def full(*_: object) -> object:
+        raise MemoryError("there is no more")
+
+    with torch.no_grad():
+        type(graph).forward = full
+        with pytest.raises(MemoryError, match="there is no more"):
+            folded(X)
+        type(graph).forward = called
+        same(folded(X), model(X))
+        _write(model)
+        type(graph).forward = full
+        with pytest.raises(MemoryError, match="there is no more"):
+            folded(X)
+        type(graph).forward = called
+        same(folded(X), model(X))
+
+
+def test_a_thread_that_writes_leaves_no_stale_value() -> None:
+    model, folded = pair()
+    stop = threading.Event()
+
+    def write() -> None:
+        with torch.no_grad():
+            while not stop.is_set():
+                model.base.weight.add_(1e-3)
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    with torch.no_grad():
+        for _ in range(200):
+            folded(X)
+    stop.set()
+    thread.join()
+    with torch.no_grad():
+        same(folded(X), model(X))
+
+
+def test_every_autocast_dtype_is_a_state_of_its_own() -> None:
+    model, folded = pair()
+    with torch.no_grad():
+        for dtype in (torch.bfloat16, torch.float16, torch.bfloat16):
+            with torch.autocast("cpu", dtype):
+                same(folded(X), model(X))
+                with torch.autocast("cpu", enabled=False):
+                    same(folded(X), model(X))
+    assert counts(folded) == (3, 3)
+
+
+def test_a_weight_in_memory_of_another_layout_is_seen() -> None:
+    model, folded = pair()
+    with torch.no_grad():
+        folded(X)
+        data = model.base.weight.data
+        model.base.weight.data = data.t()  # the same memory, read in another order
+        same(folded(X), model(X))
+        model.base.weight.data = data[:1].expand(8, 8)
+        same(folded(X), model(X))
+
+
+def test_a_weight_whose_memory_is_taken_away_and_given_back_is_seen() -> None:
+    model, folded = pair()
+    with torch.no_grad():
+        folded(X)
+        storage = model.base.weight.untyped_storage()
+        size = storage.nbytes()
+        storage.resize_(0)
+        storage.resize_(size)
+        model.base.weight.fill_(1.0)
+        same(folded(X), model(X))
+
+
+def test_compiled_it_follows_what_is_put_in_the_place_of_weights() -> None:
+    _, folded = pair()
+    compiled: Any = torch.compile(folded, backend="inductor", fullgraph=True)
+
+    def want(x: Tensor) -> Tensor:
+        weight = folded.base.weight + folded.up.weight @ folded.down.weight
+        return nn.functional.linear(x, weight, folded.base.bias)
+
+    with torch.no_grad():
+        same(compiled(X), want(X))
+        folded.base.weight = nn.Parameter(torch.ones(8, 8))
+        same(compiled(X), want(X))
+        folded.load_state_dict({name: value + 1 for name, value in folded.state_dict().items()}, assign=True)
+        same(compiled(X), want(X))
+        folded.base.weight.data = folded.base.weight.data.t() * 2
+        same(compiled(X), want(X))
+        folded.up.weight.requires_grad_(False)
+        same(compiled(X), want(X))
+        folded.to(torch.float64)
+        same(compiled(X.double()), want(X.double()))
+    same(
+        torch.autograd.grad(compiled(X.double()).sum(), [folded.base.weight]), [torch.ones(8, 2).double() @ X.double()]
+    )
