@@ -17,9 +17,10 @@ from tests.recording import same
 pytestmark = pytest.mark.usefixtures("hopkit_fresh")
 
 X = torch.linspace(-1.0, 1.0, 8).reshape(2, 4)
-COUNT = 0
+COUNT = 1
 SCALES: dict[nn.Module, float] = {}
 FIRST: list[nn.Module] = []
+IDS: list[int] = []
 Through = Callable[[Any, Tensor], Tensor]
 
 
@@ -51,6 +52,11 @@ class ByRegistry(Layer):
 class ByIdentity(Layer):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) * (2.0 if self is FIRST[0] else 3.0)
+
+
+class ById(Layer):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * (2.0 if id(self) == IDS[0] else 3.0)
 
 
 class ByPosition(Layer):
@@ -121,19 +127,28 @@ class Cast(Deep):
 class Written(Deep):
     def forward(self, x: Tensor) -> Tensor:
         x = self.first(x)
-        for layer in self.layers:
-            cast("Any", layer).eps = float(len(x))
+        for n, layer in enumerate(self.layers):
+            if n:
+                cast("Any", layer).eps = float(n)
             x = self.through(layer, x)
         return x
+
+
+class Writing(Layer):
+    def forward(self, x: Tensor) -> Tensor:
+        self.eps = self.eps + 1.0
+        return super().forward(x)
 
 
 class Global(Deep):
     def forward(self, x: Tensor) -> Tensor:
         global COUNT
-        COUNT, x = 0, self.first(x)
-        for layer in self.layers:
-            COUNT = COUNT + 1
+        x = self.first(x)
+        for n, layer in enumerate(self.layers):
+            if n:
+                COUNT = n + 1
             x = x + self.through(lambda y, layer=layer: layer(y) * COUNT / 8, x)  # noqa: B023 # what it is then
+        COUNT = 1
         return x
 
 
@@ -143,6 +158,52 @@ class Listed(Deep):
         for layer in self.layers:
             scales.append(scales[-1] + 1.0)
             x = x + self.through(lambda y, layer=layer: layer(y) * scales[-1] / 8, x)
+        return x
+
+
+class Defaults(Deep):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for layer in self.layers:
+            x = self.through(lambda y, *, layer=layer: layer(y), x)
+        return x
+
+
+class Recursive(Deep):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for layer in self.layers:
+
+            def again(y: Tensor, n: int = 2, layer: nn.Module = layer) -> Tensor:
+                return again(layer(y), n - 1) if n else y
+
+            x = self.through(again, x)
+        return x
+
+
+class Square(Layer):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("square", torch.randn(4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        square = cast("Tensor", self.square)
+        return super().forward(x) @ square * (2 if square.is_contiguous() else 3)
+
+
+class Transposed(Deep):
+    def __init__(self, through: Through) -> None:
+        super().__init__(through, Square)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for n, layer in enumerate(self.layers):
+            square = cast("Any", layer).square
+            if n == 1:
+                square.t_()
+            x = self.through(layer, x)
+            if n == 1:
+                square.t_()
         return x
 
 
@@ -206,9 +267,11 @@ def _known(kind: type[Layer]) -> Callable[[Through], Deep]:
         SCALES.clear()
         for n, layer in enumerate(cast("Any", model.layers)):
             SCALES[layer] = n + 1.0
-            layer.scale = types.SimpleNamespace(value=n + 1.0)
-            layer.others = [list(model.layers)]
-        FIRST[:] = [model.layers[0]]
+            if kind is ByObject:
+                layer.scale = types.SimpleNamespace(value=n + 1.0)
+            if kind is ByPosition:
+                layer.others = [list(model.layers)]
+        FIRST[:], IDS[:] = [model.layers[0]], [id(model.layers[0])]
         return model
 
     return make
@@ -231,6 +294,7 @@ CASES: dict[str, tuple[Callable[[Through], Deep], int]] = {
     "no gradient": (_changed(lambda layer: layer.linear.weight.requires_grad_(False)), 2),
     "a registry": (_known(ByRegistry), 3),
     "identity": (_known(ByIdentity), 3),
+    "an id": (_known(ById), 3),
     "position": (_known(ByPosition), 3),
     "another object": (_known(ByObject), 3),
     "the sign of zero": (Numbered, 3),
@@ -239,6 +303,8 @@ CASES: dict[str, tuple[Callable[[Through], Deep], int]] = {
     "written to": (Written, 3),
     "a global that is written to": (Global, 3),
     "a list": (Listed, 3),
+    "a keyword's default": (Defaults, 3),
+    "recursion": (Recursive, 3),
     "functions": (Functions, 4),
     "sizes": (Sizes, 2),
     "strides": (Strided, 2),
@@ -302,6 +368,13 @@ def test_what_was_not_read_is_guarded(name: str, through: Through) -> None:
     same(compiled(X), model(X))
 
 
+def test_memory_that_is_laid_out_anew(through: Through, reads: list[str]) -> None:
+    model = Transposed(through)
+    with torch.no_grad():
+        same(torch.compile(model, backend="eager", fullgraph=True)(X), model(X))
+    assert len(reads) == 2
+
+
 class Asking(Layer):
     """Asks for what takes no part in what is computed."""
 
@@ -331,22 +404,24 @@ def test_what_is_only_asked_for_is_guarded(name: str, through: Through, reads: l
     same(compiled(X), model(X))
 
 
-class Compared(nn.Module):
+class Counted(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.linear, self.eps = nn.Linear(4, 4), 0.5
+        self.linear, self.count = nn.Linear(4, 4), 7
 
     def forward(self, x: Tensor) -> Tensor:
-        return cast("Tensor", self.linear(x) * (1 if self.eps > 0.25 else 2))
+        return cast("Tensor", self.linear(x) * (1 if self.count > 5 else 2))
 
 
-def test_numbers_that_may_change_are_not_mixed_up(through: Through) -> None:
-    """With ``dynamic=True`` Dynamo has a symbol for a module's float, and its guards are not those of a source."""
-    model = Deep(through, cast("Any", Compared))
-    compiled = torch.compile(model, backend="eager", fullgraph=True, dynamic=True)
-    same(compiled(X), model(X))
-    cast("Any", model.layers[-1]).eps = 0.1
-    same(compiled(X), model(X))
+@pytest.mark.parametrize("count", [3, 9])
+def test_numbers_that_may_change_are_not_mixed_up(count: int, through: Through) -> None:
+    """Where Dynamo has a symbol for a module's number, it has no guard at the number's place."""
+    model = Deep(through, cast("Any", Counted))
+    with torch._dynamo.config.patch(allow_unspec_int_on_nn_module=True):
+        compiled = torch.compile(model, backend="eager", fullgraph=True, dynamic=True)
+        same(compiled(X), model(X))
+        cast("Any", model.layers[-1]).count = count
+        same(compiled(X), model(X))
 
 
 def test_symbols_are_told_apart(through: Through, reads: list[str]) -> None:
@@ -423,6 +498,20 @@ def test_annotations_are_told_apart(through: Through) -> None:
     torch.compile(run, backend=backend, fullgraph=True)(X)
     found = [node.meta["custom"] for graph in graphs for node in graph.graph.find_nodes(op="call_method", target="sin")]
     assert found == [{"n": 0}, {"n": 1}]
+
+
+def test_a_subgraph_that_changes_the_state_around_it(through: Through) -> None:
+    def toggle(y: Tensor) -> Tensor:
+        torch.set_grad_enabled(not torch.is_grad_enabled())
+        return y.sin()
+
+    def run(x: Tensor) -> tuple[Tensor, bool]:
+        with torch.set_grad_enabled(True):
+            for _ in range(3):
+                x = through(toggle, x)
+            return x, torch.is_grad_enabled()
+
+    same(torch.compile(run, backend="eager")(X), run(X))
 
 
 def test_calls_under_a_transform(through: Through) -> None:

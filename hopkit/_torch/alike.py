@@ -80,6 +80,7 @@ class Call(Generic[N]):
         self._scope = {"G": tx.output.root_tx.f_globals, "L": tx.output.root_tx.f_locals}
         self._resolving: dict[Source, object] = {}
         self._leaves: list[VariableTracker] = []
+        self._walking: list[VariableTracker] = []
         self._around.check(tx)
         self._key = (Same(target), tuple(map(self._walk, args)), tuple((n, self._walk(v)) for n, v in kwargs.items()))
         self._sources = [_plain(leaf.source) if leaf.source else None for leaf in self._leaves]
@@ -124,7 +125,6 @@ class Call(Generic[N]):
             return source in roots or any(under(part) for _, part in _parts(source))
 
         try:
-            self._around.check(self._tx)
             if any(under(source) for known in output.shape_env.var_to_sources.values() for source in known):
                 return  # a number that may change later has a guard of its own, or none
             origins = [self._origin(proxy) for proxy in inputs]
@@ -132,8 +132,6 @@ class Call(Generic[N]):
                 if not under(source):
                     _refuse_identity(self._resolved(source))
         except UnlikeError:
-            return
-        if any(isinstance(origin, Source) and not under(origin) for origin in origins):
             return
         examples = [proxy.node.meta["example_value"] for proxy in inputs]
         guards = [guard for guard in output.guards if under(guard.originating_source)]
@@ -150,7 +148,7 @@ class Call(Generic[N]):
         """What a variable is made of, but for modules and tensors, which are noted."""
         variable = variable.realize()
         if type(variable) is NestedUserFunctionVariable:
-            if variable.kwdefaults or variable.wrapped_fn:
+            if variable.kwdefaults or variable in self._walking:
                 raise UnlikeError
             cells = unpack_iterable(self._tx, variable.closure) if variable.closure else []
             try:
@@ -158,7 +156,10 @@ class Call(Generic[N]):
             except Unsupported as error:  # not set yet
                 raise UnlikeError from error
             defaults = unpack_iterable(self._tx, variable.defaults) if variable.defaults else []
-            return variable.get_code(), id(variable.f_globals), *map(self._walk, closed), *map(self._walk, defaults)
+            self._walking.append(variable)
+            held = [self._walk(value) for value in (*closed, *defaults)]
+            self._walking.pop()
+            return variable.get_code(), *held
         if type(variable) in (TupleVariable, ListVariable):
             return type(variable), *map(self._walk, unpack_iterable(self._tx, variable))
         if type(variable) is ConstantVariable:
