@@ -181,32 +181,6 @@ class Recursive(Deep):
         return x
 
 
-class Square(Layer):
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("square", torch.randn(4, 4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        square = cast("Tensor", self.square)
-        return super().forward(x) @ square * (2 if square.is_contiguous() else 3)
-
-
-class Transposed(Deep):
-    def __init__(self, through: Through) -> None:
-        super().__init__(through, Square)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.first(x)
-        for n, layer in enumerate(self.layers):
-            square = cast("Any", layer).square
-            if n == 1:
-                square.t_()
-            x = self.through(layer, x)
-            if n == 1:
-                square.t_()
-        return x
-
-
 class Functions(Deep):
     def forward(self, x: Tensor) -> Tensor:
         x = self.first(x)
@@ -366,13 +340,6 @@ def test_what_was_not_read_is_guarded(name: str, through: Through) -> None:
     else:
         last.linear = nn.Linear(4, 4)
     same(compiled(X), model(X))
-
-
-def test_memory_that_is_laid_out_anew(through: Through, reads: list[str]) -> None:
-    model = Transposed(through)
-    with torch.no_grad():
-        same(torch.compile(model, backend="eager", fullgraph=True)(X), model(X))
-    assert len(reads) == 2
 
 
 class Asking(Layer):

@@ -133,12 +133,9 @@ class Call(Generic[N]):
                     _refuse_identity(self._resolved(source))
         except UnlikeError:
             return
-        examples = [proxy.node.meta["example_value"] for proxy in inputs]
         guards = [guard for guard in output.guards if under(guard.originating_source)]
         ordered = [source for source in output.guard_on_key_order if under(source)]
-        self._known().append(
-            _Known(node, cast("Call[object]", self), list(zip(origins, examples, strict=True)), guards, ordered)
-        )
+        self._known().append(_Known(node, cast("Call[object]", self), origins, guards, ordered))
 
     def _known(self) -> list[_Known]:
         known = _all.setdefault(self._tx.output.tracing_context, {})
@@ -226,9 +223,7 @@ class Call(Generic[N]):
             if guard.create_fn_name() not in _BY_VALUE:
                 same.identical(known.call._resolved(guard.originating_source), self._resolved(there))
         # From here on the frame changes, as it would by reading.
-        proxies = [self._proxy(moved(origin) if isinstance(origin, Source) else origin) for origin, _ in known.inputs]
-        for proxy, (_, example) in zip(proxies, known.inputs, strict=True):
-            _equal(proxy.node.meta["example_value"], example)
+        proxies = [self._proxy(moved(origin) if isinstance(origin, Source) else origin) for origin in known.inputs]
         for new, source in guards:
             if new is None:
                 self._proxy(source)
@@ -259,14 +254,14 @@ class _Known:
     Args:
         node: What is given for a call like it.
         call: The call.
-        inputs: Where each of the node's inputs is from, and a stand-in.
+        inputs: Where each of the node's inputs is from.
         guards: What must hold of what the call is given and closes over.
         ordered: Dictionaries whose order counts.
     """
 
     node: object
     call: Call[object]
-    inputs: Sequence[tuple[int | str | Source, object]]
+    inputs: Sequence[int | str | Source]
     guards: Sequence[Guard]
     ordered: Sequence[Source]
 
