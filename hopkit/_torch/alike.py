@@ -31,7 +31,6 @@ from torch._dynamo.variables import (
     ConstantVariable,
     ListVariable,
     NestedUserFunctionVariable,
-    NewGlobalVariable,
     SymNodeVariable,
     TensorVariable,
     TorchInGraphFunctionVariable,
@@ -106,13 +105,11 @@ class Call(Generic[N]):
                 looked_up.add(key)
                 return super().get(key, default)
 
-        traced = set(output.current_tracer.traced_sources)
         before = output.variable_tracker_cache
         output.variable_tracker_cache = cache = Cache(before)
         try:
             yield
         finally:
-            looked_up.update(output.current_tracer.traced_sources - traced)
             before.update(cache)
             output.variable_tracker_cache = before
 
@@ -125,8 +122,6 @@ class Call(Generic[N]):
             return source in roots or any(under(part) for _, part in _parts(source))
 
         try:
-            if any(under(source) for known in output.shape_env.var_to_sources.values() for source in known):
-                return  # a number that may change later has a guard of its own, or none
             origins = [self._origin(proxy) for proxy in inputs]
             for source in self._looked_up:
                 if not under(source):
@@ -286,14 +281,10 @@ class _Around:
         return cls(GlobalStateGuard(), tuple(contexts))
 
     def check(self, tx: InstructionTranslatorBase) -> None:
-        """Nothing that was there before the frame is written to, and torch is as it was."""
+        """Nothing that was there before the frame is written to."""
         effects = tx.output.side_effects
-        modes = tx.symbolic_torch_function_state.mode_stack
-        if effects.mutated_sources or modes or tx.output.random_calls or not self.torch.check():
+        if any(not isinstance(v.mutation_type, AttributeMutationNew) for v in effects.store_attr_mutations):
             raise UnlikeError
-        for variable in effects.store_attr_mutations:
-            if isinstance(variable, NewGlobalVariable) or not isinstance(variable.mutation_type, AttributeMutationNew):
-                raise UnlikeError
         kinds = [v.mutation_type for v in effects.id_to_variable.values()]
         if any(isinstance(kind, ValueMutationExisting) and kind.is_modified for kind in kinds):
             raise UnlikeError
