@@ -69,6 +69,37 @@ class ByObject(Layer):
         return super().forward(x) * cast("float", self.scale.value)
 
 
+class ByTag(Layer):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * cast("float", cast("Any", self.linear.weight).tag)
+
+
+class BySlot(Layer):
+    __slots__ = ("value",)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.value
+
+
+class ByGradient(Layer):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * (2.0 if self.linear.weight.grad is None else 3.0)
+
+
+class Scaled(Layer):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scales = [1.0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.scales[-1]
+
+
+class Doubled(Layer):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * 2
+
+
 class ByMode(Layer):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) * (2.0 if self.drop.training else 3.0)
@@ -183,6 +214,22 @@ class Recursive(Deep):
         return x
 
 
+class Grown(Deep):
+    def __init__(self, through: Through) -> None:
+        super().__init__(through, Scaled)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for n, layer in enumerate(self.layers):
+            scales = cast("Scaled", layer).scales
+            if n:
+                scales.append(float(n))
+            x = self.through(layer, x)
+            if n:
+                scales.pop()
+        return x
+
+
 class Functions(Deep):
     def forward(self, x: Tensor) -> Tensor:
         x = self.first(x)
@@ -253,6 +300,26 @@ def _known(kind: type[Layer]) -> Callable[[Through], Deep]:
     return make
 
 
+def _tagged(through: Through) -> Deep:
+    model = Deep(through, ByTag)
+    for n, layer in enumerate(model.layers):
+        cast("Any", layer).linear.weight.tag = float(n)
+    return model
+
+
+def _slotted(through: Through) -> Deep:
+    model = Deep(through, BySlot)
+    for n, layer in enumerate(model.layers):
+        cast("BySlot", layer).value = float(n)
+    return model
+
+
+def _tied_first(through: Through) -> Deep:
+    model = Deep(through)
+    _tied(model.layers[0])
+    return model
+
+
 def _tied(layer: Any) -> None:
     layer.norm.weight = layer.linear.bias
 
@@ -267,6 +334,11 @@ CASES: dict[str, tuple[Callable[[Through], Deep], int]] = {
     "a hook": (_changed(lambda layer: layer.linear.register_forward_hook(lambda m, a, out: out * 5)), 2),
     "another forward": (_changed(lambda layer: setattr(layer, "forward", lambda x: x * 2)), 2),
     "one tensor twice": (_changed(_tied), 2),
+    "one tensor twice, and then two": (_tied_first, 2),
+    "a tensor's attribute": (_tagged, 3),
+    "a slot": (_slotted, 3),
+    "another class": (_changed(lambda layer: setattr(layer, "__class__", Doubled)), 2),
+    "a list that is written to": (Grown, 3),
     "no gradient": (_changed(lambda layer: layer.linear.weight.requires_grad_(False)), 2),
     "a registry": (_known(ByRegistry), 3),
     "identity": (_known(ByIdentity), 3),
@@ -342,6 +414,14 @@ def test_what_was_not_read_is_guarded(name: str, through: Through) -> None:
     else:
         last.linear = nn.Linear(4, 4)
     same(compiled(X), model(X))
+
+
+def test_gradients_that_are_there(through: Through, reads: list[str]) -> None:
+    model = Deep(through, ByGradient)
+    cast("Any", model.layers[1]).linear.weight.grad = torch.zeros(4, 4)
+    with torch.no_grad():
+        same(torch.compile(model, backend="eager", fullgraph=True)(X), model(X))
+    assert len(reads) == 2
 
 
 class Asking(Layer):
