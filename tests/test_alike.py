@@ -74,6 +74,15 @@ class ByTag(Layer):
         return super().forward(x) * cast("float", cast("Any", self.linear.weight).tag)
 
 
+class ByParts(Layer):
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Identity(), nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * (2.0 if self.left is self.right else 3.0)
+
+
 class BySlot(Layer):
     __slots__ = ("value",)
 
@@ -314,6 +323,13 @@ def _slotted(through: Through) -> Deep:
     return model
 
 
+def _one_part(through: Through) -> Deep:
+    model = Deep(through, ByParts)
+    first = cast("ByParts", model.layers[0])
+    first.right = first.left
+    return model
+
+
 def _tied_first(through: Through) -> Deep:
     model = Deep(through)
     _tied(model.layers[0])
@@ -336,6 +352,7 @@ CASES: dict[str, tuple[Callable[[Through], Deep], int]] = {
     "one tensor twice": (_changed(_tied), 2),
     "one tensor twice, and then two": (_tied_first, 2),
     "a tensor's attribute": (_tagged, 3),
+    "one module twice, and then two": (_one_part, 2),
     "a slot": (_slotted, 3),
     "another class": (_changed(lambda layer: setattr(layer, "__class__", Doubled)), 2),
     "a list that is written to": (Grown, 3),
@@ -414,6 +431,39 @@ def test_what_was_not_read_is_guarded(name: str, through: Through) -> None:
     else:
         last.linear = nn.Linear(4, 4)
     same(compiled(X), model(X))
+
+
+LINE = torch.arange(4.0)
+ASKED: dict[str, tuple[Callable[[Tensor], object], Tensor, Tensor]] = {
+    "shape": (lambda x: x.shape[0], LINE[:2], LINE[:3]),
+    "stride": (lambda x: x.stride(0), LINE[:2], LINE[::2]),
+    "dtype": (lambda x: x.dtype is torch.float32, LINE, LINE.double()),
+    "gradient": (lambda x: x.requires_grad, LINE, LINE.clone().requires_grad_()),
+}
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_what_a_tensor_says_of_itself(name: str, through: Through) -> None:
+    ask, first, second = ASKED[name]
+
+    def twice(x: Tensor, y: Tensor) -> Tensor:
+        total = torch.zeros(())
+        for each in (x, y):
+            total = total + through(lambda z: z * (2 + int(cast("Any", ask(z)))), each).sum()
+        return total
+
+    same(torch.compile(twice, backend="eager", fullgraph=True)(first, second), twice(first, second))
+
+
+def test_a_leaf_is_told_from_what_is_computed(through: Through) -> None:
+    def run(x: Tensor) -> Tensor:
+        total = torch.zeros(())
+        for each in (x, x * 1):
+            total = total + through(lambda z: z * (2 + int(z.is_leaf)), each).sum()
+        return total
+
+    x = X.clone().requires_grad_()
+    same(torch.compile(run, backend="eager", fullgraph=True)(x), run(x))
 
 
 def test_gradients_that_are_there(through: Through, reads: list[str]) -> None:

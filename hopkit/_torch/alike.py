@@ -385,9 +385,8 @@ def _told(value: object) -> str:
     x = cast("torch.Tensor", value)
     if x.layout is not torch.strided or vars(x).get("_item_memo") is not None:
         raise UnlikeError
-    where = (*x.shape, "", *x.stride(), "", x.storage_offset(), x.device, x.dtype)
-    flags = (x.requires_grad, x.is_leaf, x.is_conj(), x.is_neg(), x.is_inference())
-    return " ".join(map(str, (type(x).__name__, *where, *flags)))
+    where = (*x.shape, "", *x.stride(), "", x.device, x.dtype)
+    return " ".join(map(str, (type(x).__name__, *where, x.requires_grad, x.is_leaf)))
 
 
 _CONSTANTS = (
