@@ -87,7 +87,7 @@ class BySlot(Layer):
     __slots__ = ("value",)
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) * self.value
+        return super().forward(x) * cast("float", self.value)
 
 
 class ByGradient(Layer):
@@ -319,7 +319,7 @@ def _tagged(through: Through) -> Deep:
 def _slotted(through: Through) -> Deep:
     model = Deep(through, BySlot)
     for n, layer in enumerate(model.layers):
-        cast("BySlot", layer).value = float(n)
+        cast("Any", layer).value = float(n)
     return model
 
 
