@@ -14,7 +14,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from hopkit import kit
-from hopkit._torch import sizes, trees
+from hopkit._torch import dynamo, sizes, trees
 from hopkit._torch.operator import Operator
 from hopkit._torch.retrace import Lost, annotate, rebind, retrace
 from hopkit.call import Call
@@ -22,6 +22,8 @@ from hopkit.errors import AutogradError, CallError, DataDependentError, HopkitEr
 from hopkit.op import AnyOp, decompose
 
 if TYPE_CHECKING:
+    from types import FunctionType
+
     from torch.export import ExportedProgram
     from torch.export.graph_signature import ExportGraphSignature
 
@@ -36,6 +38,8 @@ def flatten(program: GraphModule | ExportedProgram, /, *example_inputs: object) 
     That goes for nested graphs too, such as the branches of ``torch.cond``. While gradients are enabled, the result has
     the gradients of ``program`` or there is an error; under ``torch.no_grad()`` values alone count.
 
+    Flatten before compiling: in a function that torch.compile reads, the call breaks the graph.
+
     Args:
         program: A graph, or an exported program. It stays as it is, and the result shares its tensors.
         example_inputs: What a graph takes that has lost its metadata (``node.meta["val"]``), as a pickled one has.
@@ -49,6 +53,10 @@ def flatten(program: GraphModule | ExportedProgram, /, *example_inputs: object) 
         DataDependentError: A body decides on a tensor's value.
         HopkitError: A body has an effect, the metadata is missing, or torch has wrapped the op in one of its own.
     """
+    if torch.compiler.is_dynamo_compiling():
+        dynamo.leave(
+            "hopkit.flatten() changes a graph, which no graph can do. Flatten before compiling, and call that."
+        )
     if not isinstance(program, GraphModule):
         return _flatten_program(_checked(program))
     module = _copied(program)
@@ -56,6 +64,9 @@ def flatten(program: GraphModule | ExportedProgram, /, *example_inputs: object) 
         annotate(module, example_inputs)
     _flatten(module)
     return module
+
+
+dynamo.skip(cast("FunctionType", flatten))  # after a graph break Dynamo would read hopkit's frames
 
 
 def _checked(program: object) -> ExportedProgram:

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -456,3 +456,23 @@ def test_a_flat_program_goes_to_onnx(model: Model) -> None:
     model_proto = torch.onnx.export(flatten(program), dynamo=True, verbose=False).model_proto  # type: ignore[union-attr]
     (got,) = reference.ReferenceEvaluator(model_proto).run(None, {"x": W.numpy()})
     same(torch.from_numpy(got), model(W))
+
+
+def test_flattened_while_it_is_compiled() -> None:
+    """A function that flattens is compiled around the call; where that must not be, the error says what to do."""
+    from hopkit._torch.frame import GraphBreak
+
+    once = define_once()
+    graph = make_fx(lambda x: once(torch.sin, x))(X)
+
+    def run(x: Tensor) -> Tensor:
+        return cast("Tensor", flatten(graph)(x).cos())
+
+    torch.compiler.reset()
+    same(torch.compile(run, backend="eager")(X), X.sin().cos())
+    torch.compiler.reset()
+    with pytest.raises(GraphBreak, match="Flatten before compiling"):
+        torch.compile(run, backend="eager", fullgraph=True)(X)
+    torch.compiler.reset()
+    flat = flatten(graph)
+    same(torch.compile(lambda x: flat(x).cos(), backend="eager", fullgraph=True)(X), X.sin().cos())

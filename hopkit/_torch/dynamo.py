@@ -10,6 +10,7 @@ import sys
 from types import FunctionType, ModuleType
 from typing import TYPE_CHECKING
 
+import torch
 from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy
 
 from hopkit._torch.later import after_import
@@ -30,6 +31,11 @@ def skip(function: FunctionType) -> None:
     After a graph break it would read hopkit's frames.
     """
     set_code_exec_strategy(function.__code__, _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP))
+
+
+def leave(reason: str) -> None:
+    """Break the graph here, where Dynamo reads this: with ``fullgraph=True`` an error that gives the reason."""
+    torch._dynamo.graph_break(msg=reason)
 
 
 def register(name: str) -> None:

@@ -18,7 +18,7 @@ from torch.overrides import _pop_mode, _push_mode
 from torch.utils._python_dispatch import _disable_current_modes, is_traceable_wrapper_subclass
 
 from hopkit._torch import sizes, trees
-from hopkit._torch.autograd import tied
+from hopkit._torch.autograd import computed, tied
 from hopkit._torch.levels import cleared
 
 FakeMode = FakeTensorMode
@@ -172,6 +172,12 @@ def stand_in(tensor: torch.Tensor, mode: FakeTensorMode) -> torch.Tensor:
             with mode:
                 fake = mode.from_tensor(tensor, static_shapes=True).detach()
         return fake.requires_grad_(wanted)
+
+
+def like(tensor: torch.Tensor) -> torch.Tensor:
+    """A new stand-in, which says of itself what ``tensor`` does, and was computed if it requires a gradient."""
+    fake = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+    return computed(fake.requires_grad_()) if tensor.requires_grad else fake
 
 
 def _known_item(tensor: FakeTensor) -> torch.SymInt | torch.SymFloat | torch.SymBool | None:

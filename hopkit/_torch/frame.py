@@ -7,6 +7,7 @@ is loaded.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,9 +32,9 @@ from torch._guards import TracingContext
 from torch.fx import Graph, GraphModule, Node, Proxy
 from torch.utils import _pytree as pytree
 
-from hopkit._torch import equal, sizes, trees
+from hopkit._torch import alike, equal, sizes, trees
 from hopkit._torch.autograd import computed
-from hopkit._torch.fakes import left, run_in_mode, stand_in
+from hopkit._torch.fakes import FakeMode, left, like, run_in_mode, stand_in
 
 GraphBreak: TypeAlias = Unsupported
 Variable: TypeAlias = VariableTracker
@@ -72,6 +73,38 @@ class Read:
         return [value for value in self.captured if isinstance(value, torch.Tensor)]
 
 
+@dataclasses.dataclass(frozen=True)
+class Written:
+    """A node, to be written again on other inputs.
+
+    Args:
+        graphs: Its graphs, by the name under which Dynamo's graph holds each.
+        keywords: Its keywords.
+        examples: Stand-ins of what it gives.
+        leaves: The leaves of the call's result: numbers of outputs of the node, and other values in a tuple.
+        tree: Its structure.
+    """
+
+    graphs: Sequence[tuple[str, GraphModule]]
+    keywords: Mapping[str, object]
+    examples: Sequence[object]
+    leaves: Sequence[int | tuple[object]]
+    tree: trees.Tree
+
+    def likes(self, mode: FakeMode) -> tuple[torch.Tensor, ...]:
+        """New stand-ins of what it gives."""
+        with left(mode), mode:
+            return tuple(like(cast("torch.Tensor", example)) for example in self.examples)
+
+    def repeatable(self, mode: FakeMode) -> bool:
+        """Whether new stand-ins say all of what it gives, which is computed and nobody else's."""
+        plain = all(isinstance(leaf, int) or alike.is_constant(leaf[0]) for leaf in self.leaves)
+        known = all(isinstance(x, torch.Tensor) and not any(map(sizes.unbacked, x.shape)) for x in self.examples)
+        if not plain or not known:
+            return False
+        return all(map(alike.equal, self.likes(mode), self.examples))
+
+
 class Frame:
     """One call of an op in the code that Dynamo reads.
 
@@ -99,6 +132,22 @@ class Frame:
         self.args, self.kwargs = LazyVariableTracker.realize_all((list(args), dict(kwargs)))
         self._known: dict[object, Variable] = {}
         self._proxies: dict[object, Proxy] = {}
+        self._call: alike.Call[Written] | None = None
+
+    def again(self) -> Variable | None:
+        """The result of the call, whose node is that of an equal call before it. None: there was none, as far as seen.
+
+        Dynamo then reads nothing.
+        """
+        try:
+            self._call = alike.Call(self._tx, self.target, self.args, self.kwargs)
+        except alike.UnlikeError:
+            return None
+        found = self._call.found()
+        if found is None or any(self._tx.output.nn_modules.get(name) is not graph for name, graph in found[0].graphs):
+            return None
+        node, inputs = found
+        return self._written(dataclasses.replace(node, examples=node.likes(self._mode)), inputs)
 
     def items(self, given: object) -> list[object]:
         """The items of a sequence."""
@@ -180,7 +229,7 @@ class Frame:
                 places = [numbers[id(x)] if isinstance(x, _INPUTS) else self._constant(x) for x in leaves]
             (_, spec), graph, lifted = hops.speculate_subgraph(
                 tx,
-                _Call(subgraph, tree, places, len(extra)),
+                _Call(subgraph, tree, places, len(extra), self._call),
                 [*extra, *taken],
                 {},
                 name,
@@ -255,25 +304,41 @@ class Frame:
         graphs: Sequence[GraphModule],
         inputs: Sequence[object],
         keywords: Mapping[str, object],
-    ) -> list[Variable]:
-        """Write the node ``op(*graphs, inputs, **keywords)``; gives its outputs.
+        leaves: Sequence[int | tuple[object]] | None = None,
+        tree: trees.Tree | None = None,
+    ) -> Variable:
+        """Write the node ``op(*graphs, inputs, **keywords)``; gives the call's result, a pytree of its outputs.
 
         Args:
             names: A name for every graph.
             graphs: The node's graphs.
             inputs: Values that `value` gave, or that a subgraph read captured.
+            keywords: The node's keywords.
+            leaves: The result's leaves: numbers of outputs of the node, and other values in a tuple. Default: a tuple
+                of all outputs.
+            tree: The result's structure.
         """
-        tx = self._tx
-        installed = {graph: self._installed(name, graph) for graph, name in names.items()}
-        graphs = [cast("GraphModule", tx.output.nn_modules[installed[graph]]) for graph in graphs]
+        installed = [self._installed(names[graph], graph) for graph in graphs]
+        held = [(name, cast("GraphModule", self._tx.output.nn_modules[name])) for name in installed]
         with left(self._mode), enable_python_dispatcher():
-            examples = run_in_mode(lambda: self.target(*graphs, tuple(inputs), **keywords), self._mode)
-        proxies = (
-            *(hops.make_attr(tx, name) for name in installed.values()),
-            tuple(self._proxies[identity(value)] for value in inputs),
-        )
-        node = tx.output.create_proxy("call_function", self.target, proxies, dict(keywords))
-        return unpack_iterable(tx, wrap_fx_proxy(tx, node, example_value=tuple(cast("Sequence[object]", examples))))
+            run = [graph for _, graph in held]
+            examples = run_in_mode(lambda: self.target(*run, tuple(inputs), **keywords), self._mode)
+        examples = tuple(cast("Sequence[object]", examples))
+        if leaves is None or tree is None:
+            leaves, (_, tree) = range(len(examples)), trees.flatten(examples)
+        node = Written(held, dict(keywords), examples, leaves, tree)
+        proxies = [self._proxies[identity(value)] for value in inputs]
+        if self._call and node.repeatable(self._mode):
+            self._call.keep(node, proxies)
+        return self._written(node, proxies)
+
+    def _written(self, node: Written, inputs: Sequence[Proxy]) -> Variable:
+        tx = self._tx
+        proxies = (*(hops.make_attr(tx, name) for name, _ in node.graphs), tuple(inputs))
+        proxy = tx.output.create_proxy("call_function", self.target, proxies, dict(node.keywords))
+        outputs = unpack_iterable(tx, wrap_fx_proxy(tx, proxy, example_value=node.examples))
+        leaves = [outputs[leaf] if isinstance(leaf, int) else leaf[0] for leaf in node.leaves]
+        return self.unflatten(leaves, node.tree)
 
     def _installed(self, name: str, graph: GraphModule) -> str:
         """The name under which Dynamo's graph holds this graph, or one that is equal: it is then compiled once."""
@@ -366,9 +431,16 @@ def _attribute(value: object, name: str) -> object:
 class _Call(VariableTracker):
     """Calls a subgraph with the pytrees that its op's body called it with, made from the graph's flat inputs."""
 
-    def __init__(self, subgraph: Variable, tree: trees.Tree, leaves: Sequence[int | Variable], skip: int) -> None:
+    def __init__(
+        self,
+        subgraph: Variable,
+        tree: trees.Tree,
+        leaves: Sequence[int | Variable],
+        skip: int,
+        of: alike.Call[Written] | None,
+    ) -> None:
         super().__init__()
-        self._subgraph, self._tree, self._leaves, self._skip = subgraph, tree, leaves, skip
+        self._subgraph, self._tree, self._leaves, self._skip, self._of = subgraph, tree, leaves, skip, of
 
     def call_function(
         self,
@@ -383,7 +455,9 @@ class _Call(VariableTracker):
         pair = _make_inlined(tx, pytree.tree_unflatten)(SourcelessBuilder.create(tx, leaves), tree)
         arguments, keywords = unpack_iterable(tx, pair)
         named = {key.vt.as_python_constant(): value for key, value in cast("ConstDictVariable", keywords).items.items()}
-        return self._subgraph.call_function(tx, unpack_iterable(tx, arguments), named)
+        positional = unpack_iterable(tx, arguments)
+        with self._of.looking() if self._of else contextlib.nullcontext():
+            return self._subgraph.call_function(tx, positional, named)
 
 
 _INPUTS = (torch.Tensor, *sizes.SYMBOLIC)

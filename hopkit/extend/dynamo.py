@@ -50,6 +50,8 @@ def record(frame: Frame, op: OpSpec) -> Variable:
     """
     if frame.flat:
         return _record_node(frame, op)
+    if op.outline and op.pure and (known := frame.again()):
+        return known
     told = _Told(frame, op)
     try:
         values = _values(frame, op, told)
@@ -82,8 +84,7 @@ def _record_node(frame: Frame, op: OpSpec) -> Variable:
         found = [subgraph.read(example, {}) for subgraph, example in zip(read, call.examples, strict=True)]
         call = _widened(call, [graph.tensors for graph in found])
         closed = [frame.close(graph, graph.tensors) for graph in found]
-        outputs = frame.emit(dict(zip(closed, call.graph_names(), strict=True)), closed, call.inputs, call.keywords)
-        return frame.unflatten(outputs, trees.flatten(tuple(outputs))[1])
+        return frame.emit(dict(zip(closed, call.graph_names(), strict=True)), closed, call.inputs, call.keywords)
     except (HopkitError, LookupError, NotImplementedError) as error:
         told.complain()
         frame.refuse(f"a node of op '{op.name}'", error)
@@ -210,6 +211,6 @@ def _write(frame: Frame, op: OpSpec, values: Mapping[str, object], recording: Re
                 graphs.append(subgraph.close(recording.graphs[variant.graph], variant.metas))
                 names[graphs[-1]] = f"{op.name}_{p.name}"
     keywords = {**recording.options, layout.KEYWORD: recording.layout.dumps()}
-    outputs = frame.emit(names, graphs, recording.inputs, keywords)
     leaves, tree = trees.flatten(recording.result)
-    return frame.unflatten([outputs[leaf.index] if isinstance(leaf, Slot) else leaf for leaf in leaves], tree)
+    places = [leaf.index if isinstance(leaf, Slot) else (leaf,) for leaf in leaves]
+    return frame.emit(names, graphs, recording.inputs, keywords, places, tree)
