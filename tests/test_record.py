@@ -314,3 +314,13 @@ def test_a_body_with_a_weight_of_its_own_decomposes() -> None:
     with pytest.warns(HopkitWarning, match="neither an operand nor a capture"):
         graph = record(lambda x: torch.autograd.grad(weighted(torch.sin, x).sum(), weight), X)
     same(graph(X), (X.sin(),))
+
+
+@pytest.mark.parametrize("how", [record, lambda run, x: torch.compile(run, backend="eager", fullgraph=True)])
+def test_a_subgraph_asks_whether_it_is_given_a_parameter(how: Any) -> None:
+    op, weight = define_once(), torch.nn.Parameter(torch.ones(2))
+
+    def run(x: Tensor) -> Tensor:
+        return op(lambda y: y * 3 if isinstance(y, torch.nn.Parameter) else y * 2, x)
+
+    same(how(run, weight)(weight), weight * 3)

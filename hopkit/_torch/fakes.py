@@ -159,7 +159,8 @@ def stand_in(tensor: torch.Tensor, mode: FakeTensorMode) -> torch.Tensor:
         _disable_current_modes(),
         torch.no_grad(),
     ):
-        wanted, tensor = tensor.requires_grad, unfunctional(tensor)
+        wanted, parameter = tensor.requires_grad, isinstance(tensor, torch.nn.Parameter)
+        tensor = unfunctional(tensor)
         if type(tensor) in (torch.Tensor, torch.nn.Parameter, FakeTensor) and tensor.layout is torch.strided:
             with mode:
                 fake = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=tensor.device)
@@ -171,6 +172,8 @@ def stand_in(tensor: torch.Tensor, mode: FakeTensorMode) -> torch.Tensor:
             tensor = tensor if tensor.is_leaf else tensor.detach()
             with mode:
                 fake = mode.from_tensor(tensor, static_shapes=True).detach()
+        if parameter:
+            fake._is_param = True  # code may ask
         return fake.requires_grad_(wanted)
 
 

@@ -12,6 +12,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from random import Random
+from types import ModuleType
 from typing import Any, Literal
 
 import torch
@@ -248,14 +249,11 @@ def _sources(built: Build) -> Iterator[Tensor]:
 def _build(program: Program, *, plain: bool) -> Build:
     text, name = source(program), f"<fuzz {'body' if plain else 'op'} {abs(hash(program))}>"
     linecache.cache[name] = (len(text), None, text.splitlines(True), name)
-    built: Build = {
-        **vars(pieces),
-        "torch": torch,
-        "Any": Any,
-        "Subgraph": hopkit.Subgraph,
-        "define": (lambda name: lambda body: body) if plain else hopkit.define,
-        "__name__": "tests.fuzz.program_of_today",
-    }
+    module = sys.modules["tests.fuzz.program_of_today"] = ModuleType("tests.fuzz.program_of_today")  # Dynamo imports it
+    built: Build = vars(module)
+    built |= {name: value for name, value in vars(pieces).items() if not name.startswith("__")}
+    built |= {"torch": torch, "Any": Any, "Subgraph": hopkit.Subgraph}
+    built["define"] = (lambda name: lambda body: body) if plain else hopkit.define
     exec(compile(text, name, "exec"), built)
     linecache.cache.pop(name)
     return built
