@@ -78,12 +78,15 @@ class Step(Protocol):
     """One differentiable step: what `apply` puts on the autograd tape.
 
     Attributes:
-        constant: The outputs that have no gradient, besides those of dtypes that have none.
         repeats: Whether ``backward``, where gradients are on, can be differentiated whatever ``forward`` saved.
     """
 
-    constant: Container[int] = ()
     repeats: bool = False
+
+    @property
+    def constant(self) -> Container[int]:
+        """The outputs that have no gradient, besides those of dtypes that have none."""
+        return ()
 
     def forward(self, inputs: tuple[object, ...]) -> tuple[tuple[object, ...], tuple[object, ...]]:
         """``(outputs, saved)``; gradients are off."""
@@ -112,8 +115,8 @@ class _OnTape:
         ctx.numbers = {i: v for i, v in enumerate(saved) if not isinstance(v, torch.Tensor)}
         ctx.computed = not step.repeats and any(id(v) not in known and not isinstance(v, _NUMBERS) for v in saved)
         ctx.save_for_backward(*tensors, *(_differentiated(inputs) if ctx.computed else ()))
-        given = {i: o for i, o in enumerate(outputs) if isinstance(o, torch.Tensor)}
-        ctx.mark_non_differentiable(*(o for i, o in given.items() if i in step.constant or not differentiable(o)))
+        given, constant = {i: o for i, o in enumerate(outputs) if isinstance(o, torch.Tensor)}, step.constant
+        ctx.mark_non_differentiable(*(o for i, o in given.items() if i in constant or not differentiable(o)))
         ctx.set_materialize_grads(False)
         return outputs
 

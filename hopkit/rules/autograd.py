@@ -10,7 +10,7 @@ computes and its derivative as one graph, lets torch's partitioner cut it, and r
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import NoReturn, cast
 
 import torch
@@ -92,8 +92,11 @@ class Derived(Step):
 
     def __init__(self, call: Call) -> None:
         self._call = call
-        # Otherwise every output would ask for a gradient, and some depend on no input that does.
-        self.constant = [i for i, reached in enumerate(call.rehearsal.sources or ()) if not reached]
+
+    @property
+    def constant(self) -> Container[int]:
+        """Otherwise every output would ask for a gradient, and some depend on no input that does."""
+        return [i for i, reached in enumerate(self._call.rehearsal.sources or ()) if not reached]
 
     def forward(self, inputs: tuple[object, ...]) -> tuple[tuple[object, ...], tuple[object, ...]]:
         """The op, below autograd. The inputs are saved; backward computes what else it needs."""
@@ -142,8 +145,12 @@ class Divided(Derived):
     def __init__(self, call: Call) -> None:
         super().__init__(call)
         self._halves = Halves(call)
-        self.constant = self._halves.constant
         self._versions = versions(call.inputs)
+
+    @property
+    def constant(self) -> Container[int]:
+        """As the joint graph tells."""
+        return self._halves.constant
 
     def forward(self, inputs: tuple[object, ...]) -> tuple[tuple[object, ...], tuple[object, ...]]:
         """The forward half."""
