@@ -15,10 +15,9 @@ import torch
 from typing_extensions import ParamSpec, TypeVar
 
 from hopkit import binding, install, layout, live
-from hopkit._torch import dynamo, inductor, keys, state, trees
+from hopkit._torch import checkpoint, dynamo, inductor, keys, state, trees
 from hopkit._torch.autograd import needs_gradient, raise_in_backward
-from hopkit._torch.checkpoint import decided, stays
-from hopkit._torch.fakes import bound, rehearsing
+from hopkit._torch.fakes import bound, effectless, rehearsing
 from hopkit._torch.operator import Operator
 from hopkit._torch.operator import Place as TorchPlace
 from hopkit._torch.tracing import gradients_changed
@@ -271,7 +270,8 @@ class Op(Generic[P, R]):
         if self.spec.name in _vanished.get() or (rehearsing() and keys.FAKE not in self._asking.modes):
             return False
         if state.recording():
-            if inductor.compiling() and self._inlined():
+            # A tracer, a transform or a mode may be over when a checkpoint is computed again.
+            if checkpoint.inside() or (inductor.compiling() and self._inlined()):
                 return False
             # A graph knows an operator by its name alone, which another op may have taken.
             return self.place.holds(self.operator) and not (
@@ -288,7 +288,7 @@ class Op(Generic[P, R]):
         if self._declared(operands):
             return True
         for mode in state.dispatch_modes():
-            if type(mode) in self._asking.modes or (state.takes_ops(mode) and stays(mode)):
+            if type(mode) in self._asking.modes or (state.takes_ops(mode) and checkpoint.stays(mode)):
                 return True
         subclasses = self._asking.subclasses
         return bool(subclasses) and any(isinstance(leaf, subclasses) for leaf in trees.leaves(operands))
@@ -360,15 +360,29 @@ class Op(Generic[P, R]):
     def _in_place(self, run: Callable[[], object], args: tuple[object, ...], kwargs: dict[str, object]) -> object:
         if self.spec.autograd == "error" and needs_gradient(trees.leaves([args, kwargs])):
             raise no_gradient(self.spec.name)
+        if self.spec.effectful and self.spec.name not in _vanished.get():
+            self._refuse_lost_effect()
         result = self._observed(run, args, kwargs)
         return result if self._derives else self._defer(result)
+
+    def _refuse_lost_effect(self) -> None:
+        if effectless():
+            raise Unrecordable(f"it calls op '{self.spec.name}', which has an effect", declared=True)
+        if state.recording():
+            raise CallError(
+                f"op '{self.spec.name}'",
+                "has an effect, and cannot be recorded here: under a transform of torch.func, in a checkpoint, or on "
+                "tensors of a class of their own there is no node of it",
+                why="its body would run now, and not when the graph runs",
+                todo="Call it outside of these; or, for an effect while recording, inside `hopkit.decompose(op)`",
+            )
 
     def _observed(self, run: Callable[[], object], args: tuple[object, ...], kwargs: dict[str, object]) -> object:
         """Run the inside where those that see operators are told of the op: a profile, a log, a checkpoint's policy."""
         if self.spec.name in _vanished.get():
             return run()
         name = torch.profiler.record_function(self.spec.name) if state.logged() else contextlib.nullcontext()
-        with name, decided(self.operator, args, kwargs):
+        with name, checkpoint.decided(self.operator, args, kwargs):
             return run()
 
     def _defer(self, result: object) -> object:

@@ -19,7 +19,7 @@ from torch.fx import GraphModule
 from hopkit import codec
 from hopkit._torch import levels, sizes, trees
 from hopkit._torch.autograd import computed, needs_gradient, tied
-from hopkit._torch.fakes import Stage, same_storage
+from hopkit._torch.fakes import Stage, same_storage, without_effects
 from hopkit._torch.state import autocasting, functionalizing, is_tracked, opaque, tracked
 from hopkit._torch.watch import Substitute, Watch, wiring
 from hopkit.codec import Slot
@@ -118,7 +118,7 @@ class Recorder:
         with self._stage.open(gradients=torch.is_grad_enabled()):
             self._fakes.extend(self._writable(i, self._fake(value)) for i, value in enumerate(self.inputs))
             try:
-                with self._watch:
+                with self._watch, without_effects(not self.spec.effectful):
                     result = self._checked(self._rehearse())
             except (HopkitError, Unrecordable):
                 raise
@@ -433,12 +433,15 @@ def run_or_examples(spec: OpSpec, values: Mapping[str, object]) -> object:
     """The body's result on stand-ins; where ``inputs=`` is declared, the subgraphs are called as it says."""
     args, kwargs = spec.arguments(values)
     if spec.inputs is not None:
+        operands = trees.leaves([values[p.name] for p in spec.of_kind(Kind.OPERAND)])
+        for operand in operands:
+            if isinstance(operand, torch.Tensor):
+                torch.numel(operand)  # the body uses it; a recording that this call is part of must know
         called = [f for p in spec.of_kind(Kind.SUBGRAPH, Kind.SUBGRAPHS) for _, f in subgraphs(p.name, values[p.name])]
         examples = _examples(spec, len(called), args, kwargs)
         results = [function(*example) for function, example in zip(called, examples, strict=True)]
         if spec.outputs is not None:
-            operands = [values[p.name] for p in spec.of_kind(Kind.OPERAND)]
-            return tied(_outputs(spec, spec.outputs(*args, **kwargs)), trees.leaves([operands, results]))
+            return tied(_outputs(spec, spec.outputs(*args, **kwargs)), [*operands, *trees.leaves(results)])
     try:
         return spec.body(*args, **kwargs)
     except Exception as error:

@@ -228,3 +228,19 @@ def test_a_checkpoint_around_compiled_code(backend: str) -> None:
     x = X.clone().requires_grad_()
     checkpoint(compiled, x, use_reentrant=False).sum().backward()
     same(x.grad, (X > 0).float())
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script")  # torch's own decompositions
+def test_a_checkpoint_that_is_computed_again_after_its_transform() -> None:
+    op = define_twice()
+
+    def slope(call: Function) -> Function:
+        def run(x: Tensor) -> Tensor:
+            leaf = x.detach().requires_grad_()
+            inside = lambda y: checkpoint(lambda y: call(torch.sin, y), y, use_reentrant=False)  # noqa: E731
+            value, tangent = torch.func.jvp(inside, (leaf,), (leaf.detach(),))
+            return torch.autograd.grad((value * tangent.detach()).sum(), leaf)[0]
+
+        return run
+
+    same(record(slope(op), X)(X * 2), slope(plain)(X * 2))

@@ -15,10 +15,15 @@ from hopkit._torch.state import dispatch_modes
 _LEFT_TO_THE_INSIDE = (CheckpointPolicy.PREFER_RECOMPUTE, False)
 
 
+def inside() -> bool:
+    """Whether what runs now is in a checkpoint: computed again, it has to save as many tensors."""
+    hooks: Sequence[Callable[..., object]] | None = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks is not None and hooks[0].__module__ == checkpoint.__name__
+
+
 def stays(mode: TorchDispatchMode) -> bool:
     """Whether a mode is active again when what runs now is computed again. One around a checkpoint may be over then."""
-    hooks: Sequence[Callable[..., object]] | None = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    return not hooks or hooks[0].__module__ != checkpoint.__name__ or type(mode).__module__ == checkpoint.__name__
+    return not inside() or type(mode).__module__ == checkpoint.__name__
 
 
 @contextlib.contextmanager

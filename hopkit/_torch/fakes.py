@@ -25,6 +25,7 @@ FakeMode = FakeTensorMode
 
 _rehearsing: contextvars.ContextVar[bool] = contextvars.ContextVar("hopkit.rehearsing", default=False)
 
+_effectless: contextvars.ContextVar[bool] = contextvars.ContextVar("hopkit.effectless", default=False)
 _levels: contextvars.ContextVar[Sequence[object]] = contextvars.ContextVar("hopkit.levels", default=())
 """The levels of torch.func around the stage, which are off on it."""
 
@@ -97,6 +98,7 @@ def left(mode: FakeTensorMode) -> Iterator[None]:
     """Off the stage for a while: what runs inside runs as around the rehearsal, and new symbols of ``mode`` count."""
     levels = _levels.get()
     token, level = _rehearsing.set(False), _levels.set(())  # nothing is left to restore
+    effects = _effectless.set(False)
     shapes = mode.shape_env
     ignored = shapes._ignore_fresh_unbacked_symbols_set(False) if shapes else False
     try:
@@ -105,8 +107,24 @@ def left(mode: FakeTensorMode) -> Iterator[None]:
     finally:
         if shapes:
             shapes._ignore_fresh_unbacked_symbols_set(ignored)
+        _effectless.reset(effects)
         _levels.reset(level)
         _rehearsing.reset(token)
+
+
+@contextlib.contextmanager
+def without_effects(wanted: bool) -> Iterator[None]:
+    """Inside, if ``wanted``, no op with an effect may be called: it would be part of a node that has none."""
+    token = _effectless.set(wanted)
+    try:
+        yield
+    finally:
+        _effectless.reset(token)
+
+
+def effectless() -> bool:
+    """Whether what is rehearsed is to be a node without an effect."""
+    return _effectless.get()
 
 
 def rehearsing() -> bool:
