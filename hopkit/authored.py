@@ -28,6 +28,14 @@ def batched(rule: Rule, batch: Batch, call: Call) -> object:
         out, out_dims = _pair(call, "vmap", rule(batch, in_dims, *args, **kwargs))
         leaves, tree = trees.flatten(out)
         given = trees.like(out_dims, tree, int)
+        for leaf, dim in zip(leaves, given, strict=True):
+            if isinstance(leaf, torch.Tensor) and not _is_dim(dim, leaf):
+                raise _wrong(
+                    call,
+                    "vmap",
+                    f"gave {dim!r} for the batched dimension of {tuple(leaf.shape)}",
+                    "give a dimension, or None",
+                )
         return _chosen(call, "vmap", list(map(batch.wrap, leaves, cast("list[int | None]", given))))
 
 
@@ -45,6 +53,10 @@ def pushed(rule: Rule, level: Tangents, call: Call) -> object:
         _chosen(call, "jvp", leaves),
         {i: t for i, t in enumerate(_chosen(call, "jvp", found)) if isinstance(t, torch.Tensor)},
     )
+
+
+def _is_dim(dim: object, tensor: torch.Tensor) -> bool:
+    return dim is None or (isinstance(dim, int) and -tensor.dim() <= dim < tensor.dim())
 
 
 def _check(call: Call, concerned: Sequence[int], what: str) -> None:

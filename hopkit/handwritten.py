@@ -53,7 +53,11 @@ class _HandWritten(Step):
         # The rule expects one gradient per tensor of its result; an operand among them is no output of the node.
         assert self._call.layout is not None
         known = dict(zip(self._call.layout.outputs, gradients, strict=True))
-        found = list(self._rule.backward(fill(self._saved, saved), *map(known.get, self._tensors)))
+        result = self._rule.backward(fill(self._saved, saved), *map(known.get, self._tensors))
+        found = list(result) if isinstance(result, (tuple, list)) else [result]
+        for gradient in found:
+            if not (gradient is None or isinstance(gradient, torch.Tensor)):
+                raise self._wrong("backward", f"gave {gradient!r} for a gradient", "give a tensor or None for each")
         inputs, operands = self._call.inputs, self._operands()
         captured = list(range(self._call.operands, len(inputs)))
         if len(found) == len(operands):

@@ -215,7 +215,15 @@ def _proxy(op: str, mode: Mode, answers: Sequence[Answer], decode: Decode) -> di
 
     def kernel(proxy_mode: ProxyMode, /, *args: object, **kwargs: object) -> object:
         call = decode(*args, **kwargs)
-        return ask(op, mode.name, rules, Tracer(proxy_mode, call.inputs), call)
+        outputs = ask(op, mode.name, rules, Tracer(proxy_mode, call.inputs), call)
+        if call.layout is not None and not isinstance(outputs, (tuple, list)):
+            raise RuleError(
+                f"op '{op}'",
+                f"has a proxy rule that gave {outputs!r}",
+                why="it would be taken for the outputs of the node",
+                todo="Let it return what `hopkit.extend.proxy.node` gives",
+            )
+        return outputs
 
     return {keys.PROXY: kernel}
 

@@ -19,6 +19,9 @@ from hopkit.errors import LayoutError, RuleError, SignatureError
 from hopkit.layout import FUNCTIONAL, REGION, Layout, Variant, arguments, fill
 from hopkit.spec import Kind, OpSpec
 
+_GIVEN = (torch.Tensor, int, float, *sizes.SYMBOLIC)
+"""What a node gives: tensors, and numbers that only running tells."""
+
 Flat = Callable[[Sequence[object]], tuple[object, ...]]
 """A function of a node's inputs that gives the node's outputs."""
 
@@ -138,8 +141,9 @@ def flat(
         args, kwargs = spec.arguments(values(spec, layout, graphs, inputs, options))
         leaves = trees.leaves((body or spec.body)(*args, **kwargs))
         given = tuple(leaves[i] for i in layout.outputs) if len(leaves) == layout.leaves else None
-        if given is None or any(value is None for value in given):
-            told = f"a result of {len(leaves)} leaves" if given is None else "None"
+        wrong = [value for value in given or () if not isinstance(value, _GIVEN)]
+        if given is None or wrong:
+            told = f"a result of {len(leaves)} leaves" if given is None else repr(wrong[0])
             raise RuleError(
                 f"op '{spec.name}'",
                 f"gave {told} where it was recorded with {layout.leaves if given is None else 'a tensor'}",

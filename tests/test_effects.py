@@ -22,7 +22,7 @@ from tests.recording import nodes, plainly, record, same, trained
 
 pytestmark = [
     pytest.mark.usefixtures("hopkit_fresh"),
-    pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning"),  # torch's, of its own code
+    pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning"),  # torch's, of its own code
 ]
 
 Function = Callable[..., Any]
@@ -287,3 +287,35 @@ def test_derivatives_of_what_is_not_pure_stay_apart() -> None:
     want = plainly(trained(run), *leaves())
     same(trained(ahead(run)[0])(*leaves()), want)
     same(record(trained(run), *leaves())(*leaves()), want)
+
+
+LOST: dict[str, Callable[[Function], Function]] = {
+    "vmap": lambda call: lambda x: torch.vmap(call)(x),
+    "grad": lambda call: torch.func.grad(lambda x: call(x).sum()),
+    "jvp": lambda call: lambda x: torch.func.jvp(call, (x,), (x,)),
+    "checkpoint": lambda call: lambda x: checkpoint(call, x, use_reentrant=False),
+}
+
+
+@pytest.mark.parametrize("name", LOST)
+def test_an_effect_that_a_graph_would_not_have_is_refused(name: str) -> None:
+    log = Log()
+    run = LOST[name](lambda x: log.log(torch.sin, x, name="lost"))
+    with pytest.raises(hopkit.CallError, match="has an effect, and cannot be recorded here"):
+        record(run, inputs()[0])
+
+
+def test_an_op_that_is_not_used_and_has_an_effect_inside() -> None:
+    log = Log()
+
+    @hopkit.define("t_around")
+    def around(body: Subgraph, x: Tensor) -> Tensor:
+        return body(x)
+
+    def run(x: Tensor) -> Tensor:
+        around(lambda y: log.log(torch.sin, y, name="inside"), x)
+        return x + 1
+
+    for recorded in (without_dead_code(record(run, inputs()[0])), torch.compile(run, backend="aot_eager")):
+        recorded(inputs()[0])
+        assert log.of(recorded, inputs()[0]) == log.of(run, inputs()[0])

@@ -359,3 +359,34 @@ def test_a_kernel_that_declines_leaves_it_to_the_body(op: Scaled) -> None:
 
     with torch.no_grad():
         torch.testing.assert_close(op(torch.sin, torch.ones(2)), 2 * torch.ones(2).sin())
+
+
+BACKWARD = SimpleNamespace(forward=lambda body, x: (body(x), None), backward=lambda saved, gradient: NotImplemented)
+
+
+def _batched(op: Callable[..., Tensor], x: Tensor) -> object:
+    def run(x: Tensor) -> Tensor:
+        return op(torch.sin, x)
+
+    return make_fx(torch.vmap(run))(x[None])
+
+
+WRONG: dict[str, tuple[str, Any, Callable[[Callable[..., Tensor], Tensor], object]]] = {
+    "proxy": ("proxy", lambda tracer, call: "text", lambda op, x: make_fx(lambda x: op(torch.sin, x))(x)),
+    "vmap": ("vmap", lambda info, in_dims, body, x: (x, 5), lambda op, x: _batched(op, x)),
+    "backward": ("autograd", BACKWARD, lambda op, x: op(torch.sin, x).sum().backward()),
+    "fake": ("fake", lambda body, x: "text", lambda op, x: make_fx(lambda x: op(torch.sin, x), tracing_mode="fake")(x)),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_rule_that_gives_something_else_is_told_of(name: str) -> None:
+    mode, rule, call = WRONG[name]
+
+    @hopkit.define("t_wrong")
+    def wrong(body: hopkit.Subgraph, x: Tensor) -> Tensor:
+        return body(x)
+
+    wrong.rule(mode)(rule)
+    with pytest.raises(RuleError, match="gave"):
+        call(wrong, torch.ones(2, requires_grad=True))

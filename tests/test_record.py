@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import hopkit
 from hopkit import HopkitWarning, Subgraph, SubgraphError
@@ -325,3 +326,19 @@ def test_a_subgraph_asks_whether_it_is_given_a_parameter(how: Any) -> None:
         return op(lambda y: y * 3 if isinstance(y, torch.nn.Parameter) else y * 2, x)
 
     same(how(run, weight)(weight), weight * 3)
+
+
+@pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
+def test_what_an_op_inside_decides_on_is_captured(mode: Any) -> None:
+    @hopkit.define("t_branch", inputs=lambda yes, no, use, x: ((x,), (x,)), outputs=lambda yes, no, use, x: x + 0)
+    def branch(yes: Subgraph, no: Subgraph, use: Tensor, x: Tensor) -> Tensor:
+        return yes(x) if use > 0 else no(x)
+
+    op, yes, x = define_once(), torch.tensor(1.0), torch.tensor([1.0, 2.0])
+
+    def run(use: Tensor, x: Tensor) -> Tensor:
+        return op(lambda y: branch(torch.sin, torch.cos, use, y), x)
+
+    for recorded in (make_fx(run, tracing_mode=mode)(yes, x), torch.compile(run, backend="aot_eager", fullgraph=True)):
+        for use in (yes.clone(), -yes):
+            same(recorded(use, x * 2), plainly(run, use, x * 2))
