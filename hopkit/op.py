@@ -270,8 +270,8 @@ class Op(Generic[P, R]):
         if self.spec.name in _vanished.get() or (rehearsing() and keys.FAKE not in self._asking.modes):
             return False
         if state.recording():
-            # A tracer, a transform or a mode may be over when a checkpoint is computed again.
-            if checkpoint.inside() or (inductor.compiling() and self._inlined()):
+            # Of what is computed again only the second time may be kept, and that without its effect.
+            if (self.spec.effectful and checkpoint.inside()) or (inductor.compiling() and self._inlined()):
                 return False
             # A graph knows an operator by its name alone, which another op may have taken.
             return self.place.holds(self.operator) and not (
