@@ -22,7 +22,7 @@ from tests.recording import nodes, plainly, record, same, trained
 
 pytestmark = [
     pytest.mark.usefixtures("hopkit_fresh"),
-    pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning"),  # torch's, of its own code
+    pytest.mark.filterwarnings("ignore:.*torch.jit.script"),  # torch's, of its own code
 ]
 
 Function = Callable[..., Any]
