@@ -27,6 +27,18 @@ class Passing(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class Names(Passing):
+    """Writes down what it sees; operators on functions too, where it takes them whole."""
+
+    def __init__(self, whole: bool = False) -> None:
+        super().__init__(whole)
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: object, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
 class Looking(TorchFunctionMode):
     """A torch-function mode that changes nothing."""
 

@@ -12,8 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import hopkit
-from hopkit.extend.mode import TorchDispatchMode
-from tests.modes import Passing
+from tests.modes import Names, Passing
 from tests.recording import define_twice, record, same
 
 pytestmark = [
@@ -36,18 +35,6 @@ def plain(body: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return result
 
 
-class Ran(TorchDispatchMode):
-    """The operators that ran."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call] # torch's own
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: object, args: Any = (), kwargs: Any = None) -> object:
-        self.names.append(str(func))
-        return func(*args, **(kwargs or {}))
-
-
 def region(call: Function, policy: Policy | Sequence[object] | None) -> Function:
     """``call`` in a checkpoint, as a function of an operand and a capture."""
     given: dict[str, Any] = {}
@@ -60,7 +47,7 @@ def trained(run: Function) -> tuple[tuple[Tensor, ...], list[str]]:
     """Value and gradients, and what ran in backward."""
     x, w = X.clone().requires_grad_(), W.clone().requires_grad_()
     result = run(x, w)
-    with Ran() as ran:
+    with Names() as ran:
         gradients = torch.autograd.grad(result.sum(), [x, w])
     return (result, *gradients), ran.names
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any, cast
 
 import pytest
@@ -15,8 +15,7 @@ import hopkit
 from hopkit import Subgraph
 from hopkit._torch import trees
 from hopkit._torch.sizes import Equal, new_environment
-from hopkit.extend.mode import TorchDispatchMode
-from tests.modes import Boxed
+from tests.modes import Boxed, Passing
 from tests.recording import define_once, define_twice, nodes, record, same
 
 pytestmark = pytest.mark.usefixtures("hopkit_fresh")
@@ -112,21 +111,10 @@ def test_outputs_that_depend_on_nothing_that_requires_a_gradient() -> None:
         return body(x), y + 1
 
     leaf = T.clone().requires_grad_()
-    with Whole():  # type: ignore[no-untyped-call] # torch's own
+    with Passing(whole=True):
         first, second = parts(torch.sin, leaf, T)
     assert first.requires_grad
     assert not second.requires_grad
-
-
-class Whole(TorchDispatchMode):
-    """Takes operators whole."""
-
-    supports_higher_order_operators = True
-
-    def __torch_dispatch__(
-        self, func: Any, types: object, args: Sequence[object] = (), kwargs: Mapping[str, object] | None = None
-    ) -> object:
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script")  # torch's own decompositions
@@ -233,14 +221,6 @@ def test_an_op_that_gives_no_tensor_in_a_batch() -> None:
     same(graph(X), X * 2)
 
 
-class _Passing(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call] # torch's own
-
-    def __torch_dispatch__(self, func: Any, types: object, args: Any = (), kwargs: Any = None) -> Any:
-        return func(*args, **(kwargs or {}))
-
-
 def test_a_derivative_that_is_recorded_inside_a_mode_may_be_differentiated() -> None:
     # Its result and what it depends on were detached: whoever ran the graph lost a gradient without a word.
     op = define_once()
@@ -253,7 +233,7 @@ def test_a_derivative_that_is_recorded_inside_a_mode_may_be_differentiated() -> 
 
         return sloped
 
-    with _Passing():
+    with Passing():
         graph = make_fx(slope(op))(T)
     leaf = T.clone().requires_grad_()
     want = slope(lambda f, x: f(x))(leaf)

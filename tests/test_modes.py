@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 import hopkit
 from hopkit import Subgraph
 from hopkit._torch.fakes import FakeMode
-from hopkit.extend.mode import TorchDispatchMode
+from tests.modes import Names
 from tests.recording import define_twice, nodes, record, same, trained
 
 pytestmark = [
@@ -30,19 +30,6 @@ def plain(body: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """What `define_twice` defines, as a function."""
     result: Tensor = 1.0 * body(body(x))
     return result
-
-
-class Names(TorchDispatchMode):
-    """Writes down what it sees; operators on functions too, where it says so."""
-
-    def __init__(self, *, whole: bool = False) -> None:
-        super().__init__()  # type: ignore[no-untyped-call] # torch's own
-        self.supports_higher_order_operators = whole
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: object, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.append(str(func))
-        return func(*args, **(kwargs or {}))
 
 
 class Doubles(Names):

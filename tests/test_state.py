@@ -18,9 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import hopkit
 from hopkit import Op, Subgraph
-from hopkit._torch import trees
 from hopkit._torch.autograd import below_autograd
-from hopkit.extend.mode import TorchDispatchMode
+from tests.modes import Boxed, Names
 from tests.recording import define_once, define_twice, nodes, plainly, record, same
 
 pytestmark = pytest.mark.usefixtures("hopkit_fresh")
@@ -35,20 +34,6 @@ def both(op: Op[..., Tensor], body: Callable[..., object]) -> list[Callable[[Ten
     return [lambda x: op(body, x), record(lambda x: op(body, x), X)]
 
 
-class Seen(TorchDispatchMode):
-    """Counts the operators that run inside."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call] # torch's own
-        self.names: list[str] = []
-
-    def __torch_dispatch__(
-        self, func: Any, types: object, args: Sequence[object] = (), kwargs: Mapping[str, object] | None = None
-    ) -> object:
-        self.names.append(str(func))
-        return func(*args, **(kwargs or {}))
-
-
 class Subtracts(TorchFunctionMode):
     """Subtracts where it should add."""
 
@@ -59,43 +44,9 @@ class Subtracts(TorchFunctionMode):
         return chosen(*args, **(kwargs or {}))
 
 
-class Boxed(Tensor):
-    """A wrapper subclass."""
-
-    held: Tensor
-
-    @staticmethod
-    def __new__(cls, inner: Tensor) -> Boxed:
-        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
-
-    def __init__(self, held: Tensor) -> None:
-        self.held = held
-
-    def __repr__(self) -> str:  # type: ignore[override] # torch's own takes an option
-        return f"Boxed({self.held})"
-
-    def __tensor_flatten__(self) -> tuple[list[str], None]:
-        return ["held"], None
-
-    @staticmethod
-    def __tensor_unflatten__(inner: dict[str, Tensor], meta: object, size: object, stride: object) -> Boxed:
-        return Boxed(inner["held"])
-
-    @classmethod
-    def __torch_dispatch__(  # type: ignore[override] # torch's stub leaves out the operator
-        cls, func: Any, types: object, args: Any = (), kwargs: Mapping[str, object] | None = None
-    ) -> object:
-        args, kwargs = trees.map_leaves(_inside, (args, dict(kwargs or {})))
-        return trees.map_only(Tensor, Boxed, func(*args, **kwargs))
-
-
-def _inside(value: object) -> object:
-    return value.held if isinstance(value, Boxed) else value
-
-
 def test_a_dispatch_mode_sees_the_inside() -> None:
     for run in both(define_once(), torch.sin):
-        with Seen() as seen:
+        with Names() as seen:
             run(X)
         assert seen.names == ["aten.sin.default"]
 

@@ -166,11 +166,11 @@ def only_device(values: Iterable[object]) -> str:
 def ordinary(value: object) -> bool:
     """Whether the tensors in a pytree are torch's own, with values. What cannot be told quickly is not."""
     kind = type(value)
-    if kind in _ORDINARY:
+    if kind in trees.TENSORS:
         return not cast("torch.Tensor", value).is_meta
     if kind is tuple or kind is list:
         items = cast("Sequence[object]", value)
-        if _ORDINARY.issuperset(map(type, items)):
+        if trees.TENSORS.issuperset(map(type, items)):
             return not any(map(_is_meta, items))
         return all(map(ordinary, items))
     if kind is dict:
@@ -178,7 +178,6 @@ def ordinary(value: object) -> bool:
     return not isinstance(value, torch.Tensor) and not trees.is_node(kind)
 
 
-_ORDINARY = frozenset({torch.Tensor, torch.nn.Parameter})
 _is_meta = operator.attrgetter("is_meta")
 
 

@@ -86,11 +86,13 @@ def holds(kinds: tuple[type, ...], values: Iterable[object]) -> bool:
 
 
 def _is_tuple_of_tensors(value: object) -> TypeGuard[tuple[torch.Tensor, ...]]:
-    return type(value) is tuple and _TENSORS.issuperset(map(type, value))
+    return type(value) is tuple and TENSORS.issuperset(map(type, value))
 
 
-_TENSORS = frozenset({torch.Tensor, torch.nn.Parameter})
-_PLAIN = _TENSORS | {int, float, bool, str, type(None)}
+TENSORS = frozenset({torch.Tensor, torch.nn.Parameter})
+"""The classes of plain tensors."""
+
+_PLAIN = TENSORS | {int, float, bool, str, type(None)}
 
 
 def like(value: object, tree: Tree, kind: type) -> list[object]:

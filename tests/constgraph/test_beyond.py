@@ -21,7 +21,7 @@ import hopkit
 from hopkit._torch.fakes import FakeMode
 from hopkit.testing import check
 from hopkit_constgraph import run_const_graph, run_const_graph_derive
-from tests.test_state import Boxed
+from tests.modes import Boxed
 
 Function = Callable[..., object]
 THEIRS = torch.ops.higher_order.run_const_graph

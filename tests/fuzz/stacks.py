@@ -21,9 +21,8 @@ import hopkit
 from hopkit._torch import trees
 from hopkit._torch.fakes import FakeMode
 from hopkit._torch.levels import inside
-from hopkit.extend.mode import TorchDispatchMode
 from tests.fuzz.program import Layer
-from tests.modes import Boxed, Looking, Passing
+from tests.modes import Boxed, Looking, Names, Passing
 
 Run = Callable[..., Any]
 """A function of tensors that gives a pytree."""
@@ -320,16 +319,6 @@ def linearized(run: Run, a: int, b: int) -> Run:
         return values, push(*(direction(ts[i]) for i in some))
 
     return linear
-
-
-class Names(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call] # torch's own
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: object, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.append(str(func))
-        return func(*args, **(kwargs or {}))
 
 
 @layer(0, visible=True)
