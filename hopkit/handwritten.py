@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 import torch
@@ -54,7 +54,7 @@ class _HandWritten(Step):
         assert self._call.layout is not None
         known = dict(zip(self._call.layout.outputs, gradients, strict=True))
         result = self._rule.backward(fill(self._saved, saved), *map(known.get, self._tensors))
-        found = list(result) if isinstance(result, (tuple, list)) else [result]
+        found = list(result) if isinstance(result, Iterable) and not isinstance(result, torch.Tensor) else [result]
         for gradient in found:
             if not (gradient is None or isinstance(gradient, torch.Tensor)):
                 raise self._wrong("backward", f"gave {gradient!r} for a gradient", "give a tensor or None for each")

@@ -390,3 +390,17 @@ def test_a_rule_that_gives_something_else_is_told_of(name: str) -> None:
     wrong.rule(mode)(rule)
     with pytest.raises(RuleError, match="gave"):
         call(wrong, torch.ones(2, requires_grad=True))
+
+
+def test_a_backward_may_give_its_gradients_one_by_one() -> None:
+    @hopkit.define("t_lazy")
+    def lazy(body: hopkit.Subgraph, x: Tensor) -> Tensor:
+        return body(x)
+
+    rule: Any = SimpleNamespace(
+        forward=lambda body, x: (body(x), None), backward=lambda saved, gradient: (g * 7 for g in [gradient])
+    )
+    lazy.rule("autograd")(rule)
+    x = torch.ones(2, requires_grad=True)
+    (gradient,) = torch.autograd.grad(lazy(torch.sin, x).sum(), x)
+    assert torch.equal(gradient, torch.full((2,), 7.0))
