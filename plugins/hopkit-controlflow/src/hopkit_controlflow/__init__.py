@@ -1,0 +1,18 @@
+"""Control flow and regions as ops of hopkit. One file per op; the README goes through them."""
+
+from collections.abc import Iterable
+
+import hopkit
+from hopkit.extend import hookimpl
+from hopkit_controlflow.region import region
+
+OPS: tuple[hopkit.Op[..., object], ...] = (region,)
+
+
+@hookimpl
+def hopkit_add_ops() -> Iterable[hopkit.Op[..., object]]:
+    """Makes the ops known as this plugin's."""
+    return OPS
+
+
+__all__ = ["hopkit_add_ops", "region"]
