@@ -369,13 +369,16 @@ class Op(Generic[P, R]):
         if effectless():
             raise Unrecordable(f"it calls op '{self.spec.name}', which has an effect", declared=True)
         if state.recording():
-            raise CallError(
-                f"op '{self.spec.name}'",
-                "has an effect, and cannot be recorded here: under a transform of torch.func, in a checkpoint, or on "
-                "tensors of a class of their own there is no node of it",
-                why="its body would run now, and not when the graph runs",
-                todo="Call it outside of these; or, for an effect while recording, inside `hopkit.decompose(op)`",
-            )
+            raise self._lost_effect()
+
+    def _lost_effect(self) -> CallError:
+        return CallError(
+            f"op '{self.spec.name}'",
+            "has an effect, and cannot be recorded here: under a transform of torch.func, in a checkpoint, or on "
+            "tensors of a class of their own there is no node of it",
+            why="its body would run now, and not when the graph runs",
+            todo="Call it outside of these; or, for an effect while recording, inside `hopkit.decompose(op)`",
+        )
 
     def _observed(self, run: Callable[[], object], args: tuple[object, ...], kwargs: dict[str, object]) -> object:
         """Run the inside where those that see operators are told of the op: a profile, a log, a checkpoint's policy."""
@@ -406,7 +409,11 @@ class Op(Generic[P, R]):
         frame.flat = layout.KEYWORD in frame.kwargs
         if frame.flat:
             self._compare(layout.loads(cast("str", frame.option(frame.kwargs[layout.KEYWORD]))))
-        if self.spec.name in _vanished.get() or (self.spec.untransformed and state.transforming()):
+        if self.spec.name in _vanished.get():
+            return frame.inlined()
+        if self.spec.effectful and torch.compiler.is_exporting():  # torch.compile does again what the body did
+            frame.needed = self._lost_effect()
+        if self.spec.untransformed and state.transforming():
             return frame.inlined()
         rules = [cast("Callable[..., object]", answer.rule) for answer in self.table["dynamo"]]
         return ask(self.spec.name, "dynamo", rules, frame, self.spec)

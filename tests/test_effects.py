@@ -305,6 +305,20 @@ def test_an_effect_that_a_graph_would_not_have_is_refused(name: str) -> None:
         record(run, inputs()[0])
 
 
+@pytest.mark.parametrize("name", ["vmap", "grad"])
+def test_an_effect_that_an_exported_program_would_not_have_is_refused(name: str) -> None:
+    log = Log()
+
+    class Model(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return LOST[name](lambda x: log.log(torch.sin, x, name="lost"))(x)  # type: ignore[no-any-return]
+
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="'t_log' has an effect, and cannot be recorded here"):
+        torch.export.export(Model(), (inputs()[0],), strict=True)
+    with hopkit.decompose(log.log):
+        torch.export.export(Model(), (inputs()[0],), strict=True)
+
+
 def test_an_op_that_is_not_used_and_has_an_effect_inside() -> None:
     log = Log()
 

@@ -116,6 +116,7 @@ class Frame:
     """
 
     flat = False  # whether the call is a node of a graph that was recorded, and its arguments those of a node
+    needed: Exception | None = None  # why the body must not be read in the op's place
 
     def __init__(
         self,
@@ -383,8 +384,10 @@ class Frame:
         """Says that the op's body is to be read in its place.
 
         Raises:
-            Unsupported: The call is a node's, which has the body's arguments in another form.
+            Unsupported: The call is a node's, which has the body's arguments in another form; or `needed` says why not.
         """
+        if self.needed:
+            self.refuse("a call that must be a node", self.needed)
         if self.flat:
             self.refuse("a node of a graph", NotImplementedError("It can be read as a node alone, under no transform."))
         return self._constant(NotImplemented)
