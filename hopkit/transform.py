@@ -10,7 +10,7 @@ from typing import cast
 import torch
 
 from hopkit._torch import levels, sizes, trees
-from hopkit._torch.fakes import autograd_on, copied, unhooked
+from hopkit._torch.fakes import autograd_on, copied, unhooked, zeros_of_stand_ins
 from hopkit._torch.sizes import Equal
 from hopkit._torch.state import forward_mode
 from hopkit._torch.watch import beyond
@@ -275,7 +275,7 @@ def jvp(run: Flat, wrt: Sequence[int], given: Sequence[int]) -> Flat:
             outputs = run([changed.get(i, primal) for i, primal in enumerate(primals)])
             return tuple(outputs[i] for i in given), outputs
 
-        with levels.duals_shared():
+        with levels.duals_shared(), zeros_of_stand_ins():
             _, found, *outputs = torch.func.jvp(chosen, tuple(primals[i] for i in wrt), tuple(tangents), has_aux=True)
         return (*cast("tuple[object, ...]", outputs[0]), *cast("tuple[object, ...]", found))
 

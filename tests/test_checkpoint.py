@@ -13,7 +13,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 import hopkit
 from tests.modes import Names, Passing
-from tests.recording import define_twice, record, same
+from tests.recording import define_once, define_twice, record, same
 
 pytestmark = [
     pytest.mark.usefixtures("hopkit_fresh"),
@@ -215,3 +215,15 @@ def test_a_checkpoint_around_compiled_code(backend: str) -> None:
     x = X.clone().requires_grad_()
     checkpoint(compiled, x, use_reentrant=False).sum().backward()
     same(x.grad, (X > 0).float())
+
+
+def test_a_node_in_a_checkpoint_saves_nothing_that_its_body_does_not() -> None:
+    # Out of torch.vmap nothing can be computed again, nor has it to be: a sum saves nothing.
+    once = define_once()
+
+    def summed(call: Function) -> Function:
+        return lambda x: checkpoint(lambda y: record(lambda y: call(torch.sum, y), y)(y), x, use_reentrant=False)
+
+    x = X.clone().requires_grad_()
+    torch.vmap(summed(once))(x).sum().backward()
+    same(x.grad, torch.ones_like(X))

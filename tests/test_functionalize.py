@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -143,3 +144,22 @@ def test_views_in_subgraphs_go_where_they_go_outside(remove: Any) -> None:
 
 def turned(y: Tensor) -> Tensor:
     return y.t().sin()
+
+
+@pytest.mark.parametrize("inner", ["mutations", "mutations_and_views"])
+@pytest.mark.parametrize("outer", ["mutations", "mutations_and_views"])
+def test_functionalized_outside_and_inside_a_derivative(outer: Any, inner: Any) -> None:
+    once = define_once()
+
+    def slope(body: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        def inside(x: Tensor) -> Tensor:
+            return functionalize(body, remove=inner)(x).sum()  # type: ignore[no-any-return] # torch's
+
+        return functionalize(torch.func.grad(inside), remove=outer)
+
+    def body(y: Tensor) -> Tensor:
+        return y.clone().t().mul_(y.t()).sin()
+
+    graph = make_fx(slope(lambda x: once(body, x)))(X)
+    assert nodes(graph, once)
+    same(graph(W), slope(body)(W))

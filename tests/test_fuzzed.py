@@ -354,3 +354,32 @@ def test_dual_numbers_inside_a_recorded_derivative() -> None:
 
     graph = record(slope_of_tangent(lambda x: op(torch.sin, x)), T)
     same(graph(T * 2), slope_of_tangent(torch.sin)(T * 2))
+
+
+def test_items_lie_otherwise_in_memory_than_the_one_that_was_traced() -> None:
+    def body(y: Tensor) -> Tensor:
+        return torch.where(y > 0, y, y.tanh()).reshape(-1)
+
+    op, xs = define_once(), torch.linspace(-1.0, 1.0, 24).reshape(2, 4, 3)
+    for dim in range(3):
+        got = torch.vmap(lambda x: record(lambda y: op(body, y), x)(x), in_dims=dim)(xs)
+        same(got, torch.vmap(body, in_dims=dim)(xs))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda y: (y / y.max()).sin().sum(),
+        lambda y: (y.clamp(-0.5, 0.5) * y.exp()).sum(),
+        lambda y: (y.softmax(0) ** 2).sum(),
+    ],
+)
+def test_tangents_of_zero_that_are_viewed(function: Called) -> None:
+    op = define_once()
+
+    def curvature(f: Called) -> Called:
+        return torch.vmap(torch.func.hessian(f))
+
+    graph = record(curvature(lambda x: op(function, x)), X)
+    assert nodes(graph, op)
+    same(graph(X * 2), curvature(function)(X * 2))

@@ -10,6 +10,7 @@ from torch.utils import checkpoint
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, SelectiveCheckpointContext, _CachingTorchDispatchMode
 
+from hopkit._torch.fakes import unhooked
 from hopkit._torch.state import dispatch_modes
 
 _LEFT_TO_THE_INSIDE = (CheckpointPolicy.PREFER_RECOMPUTE, False)
@@ -19,6 +20,11 @@ def inside() -> bool:
     """Whether what runs now is in a checkpoint: computed again, it has to save as many tensors."""
     hooks: Sequence[Callable[..., object]] | None = torch._C._autograd._top_saved_tensors_default_hooks(True)
     return hooks is not None and hooks[0].__module__ == checkpoint.__name__
+
+
+def uncounted() -> contextlib.AbstractContextManager[None]:
+    """Inside, what autograd saves is saved, and no checkpoint knows: its body may save something else."""
+    return unhooked() if inside() else contextlib.nullcontext()
 
 
 def stays(mode: TorchDispatchMode) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import cast
 
 import torch
@@ -15,11 +15,16 @@ from torch._higher_order_ops.utils import suspend_functionalization
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.overrides import _pop_mode, _push_mode
-from torch.utils._python_dispatch import _disable_current_modes, is_traceable_wrapper_subclass
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _disable_current_modes,
+    is_traceable_wrapper_subclass,
+)
 
 from hopkit._torch import sizes, trees
 from hopkit._torch.autograd import computed, tied
 from hopkit._torch.levels import cleared
+from hopkit._torch.state import dispatch_modes
 
 FakeMode = FakeTensorMode
 
@@ -28,6 +33,37 @@ _rehearsing: contextvars.ContextVar[bool] = contextvars.ContextVar("hopkit.rehea
 _effectless: contextvars.ContextVar[bool] = contextvars.ContextVar("hopkit.effectless", default=False)
 _levels: contextvars.ContextVar[Sequence[object]] = contextvars.ContextVar("hopkit.levels", default=())
 """The levels of torch.func around the stage, which are off on it."""
+
+
+class _WithMemory(TorchDispatchMode):
+    """Gives zeros for a tensor of zeros that has no memory."""
+
+    supports_higher_order_operators = True
+
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., object],
+        types: Sequence[type],
+        args: tuple[object, ...] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
+        if func is torch.ops.aten._efficientzerotensor.default:
+            func = torch.ops.aten.zeros.default
+        return func(*args, **(kwargs or {}))
+
+
+def zeros_have_memory() -> contextlib.AbstractContextManager[object]:
+    """Inside, torch makes tangents of zeros that have memory: a view of a stand-in without it is no stand-in.
+
+    That is ATen's own ``view`` of such tensors (2.13, 2.14). Here are no values: ``0 * inf`` is then something else.
+    """
+    return _WithMemory()  # type: ignore[no-untyped-call] # torch's own
+
+
+def zeros_of_stand_ins() -> contextlib.AbstractContextManager[object]:
+    """As `zeros_have_memory`, if what runs inside runs on stand-ins and nothing records it."""
+    shapes = any(isinstance(mode, FakeTensorMode) for mode in dispatch_modes())
+    return zeros_have_memory() if shapes and get_proxy_mode() is None else contextlib.nullcontext()
 
 
 class Stage:
@@ -59,6 +95,7 @@ class Stage:
             unhooked(),
             self._shapes.ignore_fresh_unbacked_symbols(),
             self.mode,
+            zeros_have_memory(),
         ):
             token, level = _rehearsing.set(rehearsal), _levels.set(levels)
             try:

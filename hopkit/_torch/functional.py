@@ -55,9 +55,13 @@ class Functionalizer(Protocol):
 class _Transform(FunctorchFunctionalizeAPI):
     """``torch.func.functionalize``. torch's own class takes "views" and "no views" for each other (2.13, 2.14)."""
 
+    @property
+    def views(self) -> bool:
+        """Whether views stay."""
+        return bool(self.interpreter.functionalize_add_back_views())
+
     def functionalize(self, inner_f: Callable[..., object]) -> Callable[..., object]:
-        views = self.interpreter.functionalize_add_back_views()
-        return torch.func.functionalize(inner_f, remove="mutations" if views else "mutations_and_views")
+        return torch.func.functionalize(inner_f, remove="mutations" if self.views else "mutations_and_views")
 
 
 def kernels(rule: Callable[..., object]) -> dict[Key, Kernel]:
@@ -103,6 +107,11 @@ def functionalized(
         return tuple(outputs[:count])
 
     return called
+
+
+def keeps_views(layer: Functionalizer) -> bool:
+    """Whether a functionalization removes mutation alone."""
+    return isinstance(layer, _Transform) and layer.views
 
 
 def inside() -> bool:

@@ -129,7 +129,10 @@ _readable: weakref.WeakKeyDictionary[GraphModule, tuple[str, Callable[..., objec
 
 
 def readable(graph: Callable[..., object]) -> Callable[..., object]:
-    """What ``graph`` does, on batched tensors too: vmap knows no operator that reads a size (2.13, 2.14).
+    """What ``graph`` does, on batched tensors too.
+
+    vmap knows no operator that reads a size (2.13, 2.14). And an item may lie in memory otherwise than it did while it
+    was traced, where a view was right; where nothing is written to, a copy is, too.
 
     It is no call of a module: counters that follow modules know none for a subgraph in eager.
     """
@@ -138,9 +141,12 @@ def readable(graph: Callable[..., object]) -> Callable[..., object]:
     if graph not in _readable or _readable[graph][0] is not graph.code:
         code = torch.fx.Graph()
         code.output(code.graph_copy(graph.graph, {}))
+        writes = any(isinstance(n.target, torch._ops.OpOverload) and n.target._schema.is_mutable for n in code.nodes)
         for node in code.nodes:
             if node.target in _READS:
                 node.op, node.target = "call_method", _READS[node.target]
+            elif node.target is torch.ops.aten.view.default and not writes:
+                node.target = torch.ops.aten.reshape.default
         _readable[graph] = graph.code, type(GraphModule(graph, code)).forward
     return MethodType(_readable[graph][1], graph)
 

@@ -70,7 +70,7 @@ class Tracer:
             # Transforms that are active are around the program that is recorded.
             with levels.cleared(), fakes.autograd_on(), fakes.unhooked():
                 inputs = trees.map_only(torch.Tensor, stand_in, tuple(examples))
-                with inside, torch.set_grad_enabled(gradients):
+                with inside, fakes.zeros_have_memory(), torch.set_grad_enabled(gradients):
                     graph = reenter_make_fx(function)(*cast("tuple[object, ...]", inputs))
             _tidy(graph)
             known[key] = self.register(name, graph)

@@ -19,6 +19,7 @@ from hopkit._torch.autograd import (
     raise_in_backward,
     versions,
 )
+from hopkit._torch.checkpoint import uncounted
 from hopkit._torch.partition import OutsideError
 from hopkit._torch.state import recording_ahead
 from hopkit.call import Call
@@ -39,6 +40,7 @@ __all__ = [
     "no_gradient",
     "raise_in_backward",
     "recording_ahead",
+    "uncounted",
     "versions",
 ]
 

@@ -35,10 +35,15 @@ def pure(layer: Functionalizer, call: Call) -> list[GraphLike]:
 
     Where they are differentiated or batched, views stay views: torch has no rule for some of their copies.
     """
-    return [
-        Pure(functional.functionalized(layer, sizes.readable(graph), views=call.derivative), graph)
-        for graph in call.graphs
-    ]
+    return [_pure(layer, graph, call.derivative) for graph in call.graphs]
+
+
+def _pure(layer: Functionalizer, graph: GraphLike, views: bool) -> Pure:
+    if isinstance(graph, Pure):  # torch cannot functionalize twice
+        if functional.keeps_views(layer):
+            return graph
+        graph = graph.plain
+    return Pure(functional.functionalized(layer, sizes.readable(graph), views=views), graph)
 
 
 def automatic(layer: Functionalizer, call: Call) -> object:

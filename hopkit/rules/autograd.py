@@ -28,6 +28,7 @@ from hopkit.extend.autograd import (
     no_gradient,
     raise_in_backward,
     recording_ahead,
+    uncounted,
     versions,
 )
 
@@ -63,7 +64,8 @@ def derive(call: Call) -> object:
         return apply(Untold(call, hidden), call.inputs)
     if hidden or call.layout is None:
         return call.run()  # autograd sees the body instead
-    return apply(Derived(call), call.inputs)
+    with uncounted():  # a checkpoint may be computed again after the recording, and then it is the body that saves
+        return apply(Derived(call), call.inputs)
 
 
 def copied(call: Call) -> object:

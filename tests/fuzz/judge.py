@@ -123,7 +123,7 @@ def _possible(stack: Sequence[Layer]) -> tuple[Layer, ...]:
             continue  # no operator runs there
         if name == "flattened" and "compiled" in outside:
             continue  # hopkit.flatten is no code to compile
-        mixed = name in ("traced", "retraced") and "vmap" in outside
+        mixed = name in ("traced", "retraced") and outside & TRANSFORMED
         kept.append((name, a, 0 if mixed else b))  # it gives stand-ins where it traces with them
         outside.add(name)
     return tuple(kept)
