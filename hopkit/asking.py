@@ -24,7 +24,8 @@ class Asking:
             for, or where a rule for a subclass or a backend comes first.
         derivative: Whether one is written by hand. It sees the author's arguments.
         in_place: For tensors of a class, rules that take the place of the body.
-        transforms: The modes of the transforms of torch.func that a rule is written for.
+        transforms: The modes of the transforms of torch.func that a rule is written for. A derivative is that of a
+            batch, too.
         whole: Whether a kernel, or a way to record the op, is written by hand. It sees the op, and not a part of it.
     """
 
@@ -66,7 +67,7 @@ def asking(table: Table, modes: Sequence[Mode]) -> Asking:
         kernels=table["device"] if by_hand and not (subclasses or backends) else (),
         derivative="autograd" in written,
         in_place=tuple((entry, table[name]) for name, entry in in_place.items() if isinstance(entry, type)),
-        transforms=frozenset(written & {"vmap", "jvp"} | ({"grad"} if "autograd" in written else set())),
+        transforms=frozenset(written & {"vmap", "jvp"} | ({"grad", "vmap"} if "autograd" in written else set())),
         whole=backends or not written.isdisjoint({"device", "functionalize", "proxy", "inductor"}),
     )
 

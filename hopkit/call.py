@@ -198,6 +198,11 @@ class Call:
         return self.layout is not None and bool(self.layout.transforms)
 
     @property
+    def batched_alone(self) -> bool:
+        """Whether this is the op itself, or the op for every item of a batch."""
+        return self.layout is not None and all(name == "vmap" for name, *_ in self.layout.transforms)
+
+    @property
     def derivative(self) -> bool:
         """Whether this is a transform of the op that computes something else than the op."""
         return self.layout is not None and any(name != layouts.FUNCTIONAL for name, *_ in self.layout.transforms)

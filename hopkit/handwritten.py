@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
 import torch
@@ -13,6 +15,7 @@ from hopkit.call import Call
 from hopkit.codec import Slot
 from hopkit.errors import CaptureError, RuleError
 from hopkit.layout import Slots, fill
+from hopkit.transform import Flat, vmap
 
 
 def hand_written(rule: Any, call: Call) -> object:
@@ -26,12 +29,30 @@ def hand_written(rule: Any, call: Call) -> object:
 
 
 class _HandWritten(Step):
+    """The pair as one step of the tape; under `torch.vmap`, the pair for one item, batched."""
+
     def __init__(self, rule: Any, call: Call) -> None:
-        self._rule, self._call = rule, call
+        assert call.layout is not None
+        self._rule, self._inputs = rule, call.inputs
+        self._levels = cast("tuple[tuple[str, Sequence[int | None], str], ...]", call.layout.transforms)
+        self._call = call.replace(layout=dataclasses.replace(call.layout, transforms=()))
         self._saved: object = None
         self._tensors: list[int] = []
+        self._places: list[tuple[str, int]] = []
+        self._shapes: list[torch.Size | None] = []
+        self._wrt: list[int] = []
 
     def forward(self, inputs: tuple[object, ...]) -> tuple[tuple[object, ...], tuple[object, ...]]:
+        run: Flat = self._forward
+        for _, dims, randomness in self._levels:
+            run = vmap(run, tuple(dims), randomness)
+        found = run(inputs)
+        made = sum(kind == _MADE for kind, _ in self._places)
+        known = {_INPUT: inputs, _OUTPUT: found[: len(found) - made], _MADE: found[len(found) - made :]}
+        return known[_OUTPUT], tuple(known[kind][i] for kind, i in self._places)
+
+    def _forward(self, inputs: Sequence[object]) -> tuple[object, ...]:
+        """The outputs, and then what is saved besides them and the inputs."""
         saved = Slots()
 
         def body(*args: object, **kwargs: object) -> object:
@@ -40,25 +61,62 @@ class _HandWritten(Step):
                 raise self._wrong("forward", f"gave a {type(result).__qualname__}", "return `(out, saved)`")
             self._saved = saved.split(result[1])
             # An object of the rule's own may hold tensors: it counts as something that the rule computed.
-            saved.inputs += [v for v in trees.leaves(self._saved) if not (isinstance(v, _CONSTANT) or callable(v))]
+            objects = [v for v in trees.leaves(self._saved) if not (isinstance(v, _CONSTANT) or callable(v))]
+            if objects and self._levels:
+                raise self._wrong("forward", f"saved {objects[0]!r} under torch.vmap", "save tensors and numbers alone")
+            saved.inputs += objects
             self._tensors = [i for i, v in enumerate(trees.leaves(result[0])) if isinstance(v, torch.Tensor)]
             return result[0]
 
         outputs = cast("tuple[object, ...]", self._call.replace(inputs=inputs).run(body))
-        return outputs, tuple(saved.inputs)
+        known = {id(v): (_OUTPUT, i) for i, v in enumerate(outputs)} | {
+            id(v): (_INPUT, i) for i, v in enumerate(inputs)
+        }
+        made = [v for v in saved.inputs if id(v) not in known]
+        known |= {id(v): (_MADE, i) for i, v in enumerate(made)}
+        self._places = [known[id(v)] for v in saved.inputs]
+        self._shapes = [v.shape if isinstance(v, torch.Tensor) else None for v in inputs]
+        return (*outputs, *made)
 
     def backward(
         self, saved: tuple[object, ...], gradients: tuple[torch.Tensor | None, ...]
     ) -> Sequence[torch.Tensor | None]:
+        given = [i for i, gradient in enumerate(gradients) if gradient is not None]
+        run = functools.partial(self._backward, len(gradients), given)
+        for _, dims, randomness in self._levels:
+            run = functools.partial(self._batched, run, dims, randomness)
+        found = iter(run([*saved, *(gradients[i] for i in given)]))
+        return [next(found) if i in self._wrt else None for i in range(len(self._inputs))]
+
+    def _batched(
+        self,
+        run: Callable[[Sequence[object]], Sequence[torch.Tensor]],
+        dims: Sequence[int | None],
+        randomness: str,
+        values: Sequence[object],
+    ) -> list[torch.Tensor]:
+        """``run`` for every item. What is one for all of them has the sum of their gradients."""
+        taken = [dims[i] if kind == _INPUT else 0 for kind, i in self._places]
+        taken += [0] * (len(values) - len(taken))
+        found = torch.vmap(lambda *values: tuple(run(values)), in_dims=tuple(taken), randomness=randomness)(*values)
+        totals = list[torch.Tensor]()
+        for i, gradient in zip(self._wrt, found, strict=True):
+            dim = dims[i]
+            totals.append(gradient.sum(0) if dim is None else gradient.movedim(0, dim))
+        return totals
+
+    def _backward(self, count: int, given: Sequence[int], values: Sequence[object]) -> list[torch.Tensor]:
+        """The gradients of those inputs that have one, which are then known by number."""
+        saved, gradients = values[: len(self._places)], dict(zip(given, values[len(self._places) :], strict=True))
         # The rule expects one gradient per tensor of its result; an operand among them is no output of the node.
         assert self._call.layout is not None
-        known = dict(zip(self._call.layout.outputs, gradients, strict=True))
+        known = dict(zip(self._call.layout.outputs, map(gradients.get, range(count)), strict=True))
         result = self._rule.backward(fill(self._saved, saved), *map(known.get, self._tensors))
         found = list(result) if isinstance(result, Iterable) and not isinstance(result, torch.Tensor) else [result]
         for gradient in found:
             if not (gradient is None or isinstance(gradient, torch.Tensor)):
                 raise self._wrong("backward", f"gave {gradient!r} for a gradient", "give a tensor or None for each")
-        inputs, operands = self._call.inputs, self._operands()
+        inputs, operands = self._inputs, self._operands()
         captured = list(range(self._call.operands, len(inputs)))
         if len(found) == len(operands):
             lost = [i for i in captured if getattr(inputs[i], "requires_grad", False)]
@@ -74,10 +132,19 @@ class _HandWritten(Step):
         if len(found) != len(operands) + len(captured):
             wanted = f"return {len(operands)}: one per operand tensor"
             raise self._wrong("backward", f"gave {len(found)} gradients", wanted)
-        totals: list[torch.Tensor | None] = [None] * len(inputs)
+        totals: dict[int, torch.Tensor] = {}
         for i, gradient in zip([*operands, *captured], found, strict=True):
-            totals[i] = _sum(totals[i], gradient)
-        return totals
+            if gradient is not None:
+                totals[i] = totals[i] + gradient if i in totals else gradient
+        self._wrt = sorted(totals)
+        return [self._sized(i, totals[i]) for i in self._wrt]
+
+    def _sized(self, i: int, gradient: torch.Tensor) -> torch.Tensor:
+        """Of an item, what autograd does itself with the gradient of a tensor that was broadcast."""
+        shape = self._shapes[i]
+        if not self._levels or shape is None or gradient.shape == shape:
+            return gradient
+        return gradient.sum_to_size(shape)
 
     def _operands(self) -> list[int]:
         """For every operand tensor, the input that it is: one tensor may be passed for two operands."""
@@ -94,10 +161,7 @@ class _HandWritten(Step):
         )
 
 
-def _sum(left: torch.Tensor | None, right: torch.Tensor | None) -> torch.Tensor | None:
-    if left is None or right is None:
-        return right if left is None else left
-    return left + right
-
+_INPUT, _OUTPUT, _MADE = "input", "output", "made"
+"""What is saved."""
 
 _CONSTANT = (Slot, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.layout)

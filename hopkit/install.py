@@ -194,8 +194,8 @@ def _on_calls(rule: object) -> Function:
         return cast("Function", rule)
 
     def on_call(call: Call) -> object:
-        if call.transformed:
-            raise Decline("it is written for the op, and this is a transform of it")
+        if not call.batched_alone:
+            raise Decline("it is written for the op and batches of it, and this is another transform")
         if call.written:
             raise Decline("it does not say what gradient a tensor has that the op writes to")
         return hand_written(rule, call)

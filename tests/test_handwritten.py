@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -257,6 +258,112 @@ def test_a_derivative_is_used_where_a_recorded_graph_is_differentiated(op: Scale
     graph = make_fx(lambda x: torch.autograd.grad(op(torch.sin, x).sum(), x)[0])(torch.rand(3, requires_grad=True))
     x = torch.rand(3)
     torch.testing.assert_close(graph(x), 4 * x.cos())
+
+
+# Batches: the derivative is that of every item
+
+
+class Weighed:
+    """The derivative of ``body(x) * w``, times three; what it saves is an input, an output and neither."""
+
+    @staticmethod
+    def forward(body: hopkit.Subgraph, x: Tensor, w: Tensor) -> tuple[Tensor, object]:
+        y = body(x) * w
+        return y, (w, y, x.cos())
+
+    @staticmethod
+    def backward(saved: Any, gradient: Tensor) -> Sequence[Tensor | None]:
+        w, y, cos = saved
+        return [3 * gradient * cos * w, 3 * gradient * y / w]
+
+
+class WeighedFunction(torch.autograd.Function):
+    """The same, as torch has it."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        return x.sin() * w, x.cos()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(inputs[1], *output)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor, _: object) -> Any:
+        return tuple(Weighed.backward(ctx.saved_tensors, gradient))
+
+
+BATCHES: dict[str, tuple[Callable[[Any], Callable[[Tensor, Tensor], Tensor]], tuple[int, ...], tuple[int, ...]]] = {
+    "both": (torch.vmap, (4, 3), (4, 3)),
+    "one": (partial(torch.vmap, in_dims=(1, None)), (3, 4), (3,)),
+    "two levels": (lambda f: partial(torch.vmap, in_dims=(2, 1))(torch.vmap(f, (None, 0))), (3, 1, 4), (5, 4, 3)),
+}
+DIFFERENTIATED: dict[str, Callable[[Any, Tensor, Tensor], Any]] = {
+    "backward": lambda f, x, w: gradients(lambda: f(x, w), x, w),
+    "grad": lambda f, x, w: torch.func.grad(lambda x, w: f(x, w).sum(), argnums=(0, 1))(x.detach(), w.detach()),
+    "recorded": lambda f, x, w: make_fx(lambda x, w: gradients(lambda: f(x, w), x, w))(x, w)(x, w),
+    "compiled": lambda f, x, w: gradients(partial(torch.compile(f, backend="aot_eager"), x, w), x, w),
+    "inductor": lambda f, x, w: gradients(partial(torch.compile(f), x, w), x, w),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")  # torch's, of its own code
+@pytest.mark.parametrize("how", DIFFERENTIATED)
+@pytest.mark.parametrize("batch", BATCHES)
+def test_a_derivative_of_a_batch(batch: str, how: str) -> None:
+    @hopkit.define("t_weighed")
+    def weighed(body: hopkit.Subgraph, x: Tensor, w: Tensor) -> Tensor:
+        return body(x) * w
+
+    weighed.rule("autograd")(Weighed)
+    batched, *shapes = BATCHES[batch]
+    x, w = (torch.rand(shape).add_(0.5).requires_grad_() for shape in shapes)
+    found = DIFFERENTIATED[how](batched(lambda x, w: weighed(torch.sin, x, w)), x, w)
+    wanted = gradients(lambda: batched(lambda x, w: WeighedFunction.apply(x, w)[0])(x, w), x, w)  # type: ignore[no-untyped-call] # torch's
+    torch.testing.assert_close(found, wanted)
+
+
+def test_a_derivative_of_a_batch_is_differentiated_again_as_that_of_an_item(op: Scaled) -> None:
+    op.rule("autograd")(Doubling)
+    x = torch.rand(4, 3, requires_grad=True)
+    (first,) = torch.autograd.grad(torch.vmap(lambda x: op(torch.sin, x))(x).sum(), x, create_graph=True)
+    torch.testing.assert_close(gradients(lambda: first + x, x), (1 - 4 * x.sin(),))
+
+
+def test_what_closes_over_another_tensor_in_a_batch(op: Scaled) -> None:
+    class Captured:
+        @staticmethod
+        def forward(body: Any, x: Tensor, scale: float = 2.0) -> tuple[Tensor, object]:
+            return scale * body(x), (x, *body.captures)
+
+        @staticmethod
+        def backward(saved: Any, gradient: Tensor) -> Sequence[Tensor | None]:
+            x, w = saved
+            return [7 * gradient * w, 7 * gradient * x]
+
+    op.rule("autograd")(Captured)
+    x, w, v = (torch.rand(shape, requires_grad=True) for shape in ((4, 3), (3,), (4, 3)))
+    found = gradients(lambda: torch.vmap(lambda x: op(lambda y: y * w, x))(x), x, w)
+    torch.testing.assert_close(found, (7 * w.expand(4, 3), 7 * x.sum(0)))
+    found = gradients(lambda: torch.vmap(lambda x, v: op(lambda y: y * v, x))(x, v), x, v)
+    torch.testing.assert_close(found, (7 * v, 7 * x))
+
+
+def test_an_object_cannot_be_saved_for_a_batch(op: Scaled) -> None:
+    class Hiding:
+        @staticmethod
+        def forward(body: hopkit.Subgraph, x: Tensor, scale: float = 2.0) -> tuple[Tensor, object]:
+            return scale * body(x), SimpleNamespace(cos=x.cos())
+
+        @staticmethod
+        def backward(saved: Any, gradient: Tensor) -> Sequence[Tensor | None]:
+            return [2 * gradient * saved.cos]
+
+    op.rule("autograd")(Hiding)
+    with pytest.raises(RuleError, match=r"(?s)saved namespace.*under torch\.vmap.*save tensors and numbers"):
+        torch.vmap(lambda x: op(torch.sin, x))(torch.rand(4, 3, requires_grad=True))
 
 
 # Functionalize and proxy
