@@ -12,7 +12,7 @@ import torch
 from hopkit._torch import levels, sizes, trees
 from hopkit._torch.fakes import autograd_on, copied, unhooked, zeros_of_stand_ins
 from hopkit._torch.sizes import Equal
-from hopkit._torch.state import forward_mode
+from hopkit._torch.state import before_dispatch, forward_mode
 from hopkit._torch.watch import beyond
 from hopkit.codec import Slot
 from hopkit.errors import LayoutError, RuleError, SignatureError
@@ -180,7 +180,8 @@ def vjp(run: Flat, wrt: Sequence[int], given: Sequence[int]) -> Flat:
 
     def transformed(inputs: Sequence[object]) -> tuple[object, ...]:
         primals, gradients = list(inputs[: len(inputs) - len(given)]), inputs[len(inputs) - len(given) :]
-        if _told.get() or levels.top() is not None or forward_mode():  # inside functionalize no tensor becomes a leaf
+        # Inside functionalize no tensor becomes a leaf; before dispatch a tracer loses what torch.func wraps.
+        if (_told.get() and not before_dispatch()) or levels.top() is not None or forward_mode():
             return _vjp_inside_transforms(run, primals, wrt, given, gradients)
         again = torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs)
         hooked = contextlib.nullcontext() if again else unhooked()  # of what is used up here nobody saves anything

@@ -383,3 +383,42 @@ def test_tangents_of_zero_that_are_viewed(function: Called) -> None:
     graph = record(curvature(lambda x: op(function, x)), X)
     assert nodes(graph, op)
     same(graph(X * 2), curvature(function)(X * 2))
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_derivative_is_traced_before_dispatch_in_its_nodes_place(times: int) -> None:
+    op = define_twice()
+
+    def slope(f: Called) -> Called:
+        def run(x: Tensor) -> Tensor:
+            (first,) = torch.autograd.grad(f(x).sum(), x, create_graph=times == 2)
+            return first if times == 1 else torch.autograd.grad(first.sin().sum(), x)[0]
+
+        return run
+
+    class Model(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.enable_grad():
+                return cast("Tensor", graph(x))
+
+    graph = record(slope(lambda x: op(torch.sin, x)), T.clone().requires_grad_())
+    want = slope(lambda x: x.sin().sin())((T * 2).requires_grad_())
+    same(torch.export.export(Model(), (T,), strict=False).module()(T * 2), want)
+    with hopkit.decompose(op):
+        again = make_fx(graph, pre_dispatch=True)(T)
+    assert nodes(again, op) == 0
+    same(again(T * 2), want)
+
+
+def test_a_tensor_subclass_in_a_compiled_derivative() -> None:
+    op = define_once()
+
+    def pulled(f: Called) -> Called:
+        def run(x: Tensor) -> Tensor:
+            value, pull, *_ = torch.func.vjp(lambda x: f(Boxed(x)).held, x)
+            return cast("Tensor", value + cast("Called", pull)(x)[0])
+
+        return run
+
+    compiled = torch.compile(pulled(lambda x: op(lambda y: y, x)), backend="aot_eager")
+    same(compiled(T), pulled(lambda x: x)(T))

@@ -14,6 +14,7 @@ import torch
 from hopkit import binding, layout
 from hopkit._torch import trees
 from hopkit._torch.autograd import needs_gradient
+from hopkit._torch.state import foreign, transforming
 from hopkit.call import Call
 from hopkit.codec import Slot
 from hopkit.errors import CaptureError, HopkitError
@@ -56,7 +57,10 @@ def record(frame: Frame, op: OpSpec) -> Variable:
     try:
         values = _values(frame, op, told)
         digest = cast("Operator", frame.target).digest()
-        recording = Recorder(op, values).record(digest)
+        recorder = Recorder(op, values)
+        if transforming() and any(map(foreign, recorder.inputs)):
+            return frame.inlined()  # a tensor subclass sees the inside there, as in eager
+        recording = recorder.record(digest)
         if op.autograd == "deferred_error" and needs_gradient(recording.inputs) and not torch.compiler.is_exporting():
             return frame.inlined()  # AOTAutograd would drop the error, and with it the gradient
         return _write(frame, op, values, recording)
