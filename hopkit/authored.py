@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import cast
 
 import torch
 
 from hopkit._torch import trees
-from hopkit._torch.levels import Batch, Tangents
+from hopkit._torch.levels import Batch, Tangents, duals_shared
 from hopkit.call import Call
 from hopkit.codec import Slot
 from hopkit.errors import RuleError
 from hopkit.rule import Decline
 from hopkit.spec import Kind
+from hopkit.transform import Flat, vmap
 
 Rule = Callable[..., object]
 
@@ -21,6 +23,8 @@ Rule = Callable[..., object]
 def batched(rule: Rule, batch: Batch, call: Call) -> object:
     """The outputs of ``call``, as a vmap rule on the author's arguments gives them."""
     values, dims = batch.unwrap(call.inputs)
+    if call.transformed:
+        raise Decline("it is written for the op, and this is a transform of it")
     _check(call, [i for i, dim in enumerate(dims) if dim is not None], "a batched tensor")
     in_dims = _arguments(call, _by_parameter(call, dims))
     args, kwargs = call.op.arguments({**call.values(), **_operands(call, values)})
@@ -40,19 +44,36 @@ def batched(rule: Rule, batch: Batch, call: Call) -> object:
 
 
 def pushed(rule: Rule, level: Tangents, call: Call) -> object:
-    """The outputs of ``call`` with their tangents, as a jvp rule on the author's arguments gives them."""
+    """The outputs of ``call`` with their tangents, as a jvp rule on the author's arguments gives them.
+
+    Under `torch.vmap` it is asked about one item.
+    """
+    assert call.layout is not None
     primals, tangents = level.unpack(call.inputs)
+    if not call.batched_alone:
+        raise Decline("it is written for the op and batches of it, and this is another transform")
     _check(call, list(tangents), "a tensor with a tangent")
-    given = [tangents.get(i) for i in range(len(primals))]
-    arguments = _arguments(call, {**call.values(), **_operands(call, primals)})
-    with level.lower():
-        out, out_tangents = _pair(call, "jvp", rule(arguments, _arguments(call, _by_parameter(call, given))))
+    item = call.replace(layout=dataclasses.replace(call.layout, transforms=()))
+    told: list[bool] = []
+
+    def run(values: Sequence[object]) -> tuple[object, ...]:
+        known = dict(zip(tangents, values[len(primals) :], strict=True))
+        given = [known.get(i) for i in range(len(primals))]
+        arguments = _arguments(item, {**item.values(), **_operands(item, values[: len(primals)])})
+        out, out_tangents = _pair(item, "jvp", rule(arguments, _arguments(item, _by_parameter(item, given))))
         leaves, tree = trees.flatten(out)
-        found = trees.like(out_tangents, tree, torch.Tensor)
-    return level.pack(
-        _chosen(call, "jvp", leaves),
-        {i: t for i, t in enumerate(_chosen(call, "jvp", found)) if isinstance(t, torch.Tensor)},
-    )
+        found = _chosen(item, "jvp", trees.like(out_tangents, tree, torch.Tensor))
+        told[:] = [isinstance(tangent, torch.Tensor) for tangent in found]
+        return (*_chosen(item, "jvp", leaves), *(t for t in found if isinstance(t, torch.Tensor)))
+
+    mapped: Flat = run
+    for _, dims, randomness in cast("tuple[tuple[str, Sequence[int | None], str], ...]", call.layout.transforms):
+        mapped = vmap(mapped, (*dims, *(dims[i] for i in tangents)), randomness)
+    with duals_shared(), level.lower():
+        found = mapped([*primals, *tangents.values()])
+    rest = iter(found[len(told) :])
+    outputs = [i for i, is_told in enumerate(told) if is_told]
+    return level.pack(found[: len(told)], {i: cast("torch.Tensor", next(rest)) for i in outputs})
 
 
 def _is_dim(dim: object, tensor: torch.Tensor) -> bool:
@@ -60,8 +81,6 @@ def _is_dim(dim: object, tensor: torch.Tensor) -> bool:
 
 
 def _check(call: Call, concerned: Sequence[int], what: str) -> None:
-    if call.transformed:
-        raise Decline("it is written for the op, and this is a transform of it")
     if any(i >= call.operands for i in concerned):
         raise Decline(f"a subgraph closes over {what}, which the author's arguments do not say")
 

@@ -35,6 +35,8 @@ def kernels(op: str, table: Table, modes: Sequence[Mode], decode: Decode) -> dic
         answers = table.get(mode.name, ())
         if answers and mode.name not in _ELSEWHERE and not mode.in_place:
             found.update(_ADAPTERS.get(mode.name, _added)(op, mode, answers, decode))
+    if table["jvp"][0].place is not Place.BUILTIN:
+        found[keys.AUTOGRAD] = _of_duals(op, found[keys.AUTOGRAD], table["jvp"], decode)
     if not lowered(table):
         for key in (keys.FUNCTIONALIZE, keys.PROXY):
             found[key] = _inlining(op, found[key], table["device"], decode)
@@ -168,6 +170,20 @@ def _autograd(op: str, mode: Mode, answers: Sequence[Answer], decode: Decode) ->
         return ask(op, mode.name, rules, call)
 
     return {keys.AUTOGRAD: kernel, levels.GRAD: of_level}
+
+
+def _of_duals(op: str, kernel: Kernel, answers: Sequence[Answer], decode: Decode) -> Kernel:
+    """As ``kernel``, for autograd; an author's jvp rule answers for dual numbers outside torch.func, too."""
+    rules = [_on_levels(a.rule, pushed) for a in answers if a.place is not Place.BUILTIN]
+    rules.append(lambda _, call: call.run())
+
+    def of_duals(*args: object, **kwargs: object) -> object:
+        call = decode(*args, **kwargs)
+        if call.layout is None or not any(map(levels.has_tangent, call.inputs)):
+            return kernel(*args, **kwargs)
+        return ask(op, "jvp", rules, levels.Duals(), call)
+
+    return of_duals
 
 
 def _of_level(key: Key, level: Callable[..., object], adapt: Function) -> Callable[..., dict[Key, Kernel]]:

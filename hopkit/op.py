@@ -18,6 +18,7 @@ from hopkit import binding, install, layout, live
 from hopkit._torch import checkpoint, dynamo, inductor, keys, state, trees
 from hopkit._torch.autograd import needs_gradient, raise_in_backward
 from hopkit._torch.fakes import bound, effectless, rehearsing
+from hopkit._torch.levels import has_duals, has_tangent
 from hopkit._torch.operator import Operator
 from hopkit._torch.operator import Place as TorchPlace
 from hopkit._torch.tracing import gradients_changed
@@ -281,8 +282,10 @@ class Op(Generic[P, R]):
             )
         if state.beyond_recording(trees.leaves(operands)):
             return False
-        if (transforms := state.transforms()) or state.forward_mode():
-            return not transforms.isdisjoint(self._asking.transforms)
+        if state.transforming() or state.forward_mode():
+            return self._transform_asks()
+        if "jvp" in self._asking.transforms and any(map(has_tangent, trees.leaves(operands))):
+            return True  # in a graph that has entered dual numbers without telling Python
         if self._asking.always or (self.spec.effectful and state.functionalizing()):
             return True
         if self._declared(operands):
@@ -315,7 +318,13 @@ class Op(Generic[P, R]):
         if install.lowered(self.table):
             inductor.lower(self.operator, self._lower)
             return False
-        return not (self._asking.always or install.called_back(self.spec) or outlined(self.spec))
+        asked = self._asking.always or self._transform_asks()
+        return not (asked or install.called_back(self.spec) or outlined(self.spec))
+
+    def _transform_asks(self) -> bool:
+        """Whether a rule is written for a transform that is active, or for dual numbers."""
+        written = self._asking.transforms
+        return bool(written) and (not written.isdisjoint(state.transforms()) or ("jvp" in written and has_duals()))
 
     def _lower(self, /, *args: object, **kwargs: object) -> object:
         call = self.decode(*args, **kwargs)

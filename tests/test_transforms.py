@@ -11,6 +11,7 @@ from typing import Any, cast
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, linearize, vjp, vmap
 from torch.fx import GraphModule
 
@@ -304,6 +305,72 @@ def test_a_jvp_rule_of_the_author() -> None:
     same(function(X[0]), plainly(function, X[0]))
     assert asked == [None]
     same(record(function, X[0])(X[1]), plainly(function, X[1]))
+
+
+def _tangent_of_dual(f: Function) -> Function:
+    def run(x: Tensor) -> object:
+        with forward_ad.dual_level():
+            return forward_ad.unpack_dual(f(forward_ad.make_dual(x, x + 1))).tangent
+
+    return run
+
+
+FORWARD: dict[str, Callable[[Function], Function]] = {
+    "jvp": lambda f: lambda x: jvp(f, (x,), (x + 1,))[1],
+    "jvp of vmap": lambda f: lambda x: jvp(vmap(f), (x,), (x + 1,))[1],
+    "jvp of vmap of vmap": lambda f: lambda x: jvp(vmap(vmap(f, 1), 0), (x,), (x + 1,))[1],
+    "vmap of jvp": lambda f: vmap(lambda x: jvp(f, (x,), (x + 1,))[1]),
+    "jacfwd": jacfwd,
+    "linearize": lambda f: lambda x: linearize(f, x)[1](x + 1),
+    "dual numbers": _tangent_of_dual,
+    "dual numbers of vmap": lambda f: _tangent_of_dual(vmap(f)),
+}
+HOW: dict[str, Callable[[Function], Function]] = {
+    "eager": lambda run: run,
+    "make_fx": lambda run: lambda x: record(run, x)(x),
+    **{f"compile {backend}": partial(torch.compile, backend=backend) for backend in ("eager", "aot_eager", "inductor")},
+}
+
+
+@pytest.mark.filterwarnings(
+    "ignore:Attempted to insert a get_attr", "ignore:.*torch._prims_common.check"
+)  # torch's own
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("name", FORWARD)
+def test_a_jvp_rule_answers_wherever_forward_mode_asks(name: str, how: str) -> None:
+    @hopkit.define("t_mean")
+    def mean(body: Subgraph, x: Tensor) -> Tensor:
+        return body(x).mean()
+
+    @mean.rule("jvp")
+    def tenfold(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+        value, tangent, *_ = jvp(primals[0], (primals[1],), (tangents[1],))
+        return value.mean(), tangent.mean() * 10
+
+    wanted = FORWARD[name](lambda x: x.sin().mean())(X)
+    found = HOW[how](FORWARD[name](lambda x: mean(torch.sin, x)))(X)
+    same(found, trees.map_only(Tensor, lambda t: t * 10, wanted))
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_a_vmap_rule_answers_wherever_vmap_asks(how: str) -> None:
+    @hopkit.define("t_mean")
+    def mean(body: Subgraph, x: Tensor) -> Tensor:
+        return body(x).mean()
+
+    @mean.rule("vmap")
+    def tenfold(info: Batch, in_dims: tuple[object, ...], body: Subgraph, x: Tensor) -> tuple[Tensor, int]:
+        return vmap(body, in_dims=cast("int", in_dims[1]))(x).reshape(info.batch_size, -1).mean(1) * 10, 0
+
+    run: Function = vmap(partial(mean, torch.sin))
+    same(HOW[how](run)(X), X.sin().mean((1, 2)) * 10)
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_dual_numbers_without_a_rule(how: str) -> None:
+    reduced = define_reduced()
+    run = _tangent_of_dual(lambda x: reduced(torch.sin, x))
+    same(HOW[how](run)(X[0]), plainly(run, X[0]))
 
 
 def test_a_derivative_by_hand_answers_torch_func() -> None:

@@ -14,6 +14,7 @@ from torch.autograd import forward_ad
 from torch.autograd.function import FunctionCtx, _SingleLevelFunction
 
 from hopkit._torch import levels, trees
+from hopkit._torch.state import recording
 
 _lowered: contextvars.ContextVar[bool] = contextvars.ContextVar("hopkit.lowered", default=False)
 
@@ -37,9 +38,9 @@ def level_is_off(below: bool) -> Iterator[None]:
 
 def dual(values: Sequence[object]) -> bool:
     """Whether one of these tensors has a tangent."""
-    return forward_ad._current_level >= 0 and any(
-        isinstance(value, torch.Tensor) and levels.has_tangent(value) for value in values
-    )
+    # Dynamo's graph enters them without telling Python. To ask is no matter of one thread: not where nothing records.
+    around = forward_ad._current_level >= 0 or (recording() and levels.has_duals())
+    return around and any(map(levels.has_tangent, values))
 
 
 def needs_gradient(values: Sequence[object]) -> bool:

@@ -77,7 +77,7 @@ def cleared() -> Iterator[Sequence[object]]:
 
     Recorded code enters a transform and leaves it in two steps. What it has not left when it raises is left here.
     """
-    allowed, duals = _functorch.get_inplace_requires_grad_allowed(), _has_duals()
+    allowed, duals = _functorch.get_inplace_requires_grad_allowed(), has_duals()
     disabled = torch._C._autograd._saved_tensors_hooks_get_disabled_error_message()
     with temporarily_clear_interpreter_stack() as levels:
         try:
@@ -86,7 +86,7 @@ def cleared() -> Iterator[Sequence[object]]:
             while (interpreter := top()) is not None:
                 _LEAVE[interpreter.key()]()
             _functorch.set_inplace_requires_grad_allowed(allowed)
-            if not duals and _has_duals():
+            if not duals and has_duals():
                 torch._C._exit_dual_level(level=_DUAL)
             if disabled is None:
                 torch._C._autograd._saved_tensors_hooks_enable()
@@ -103,8 +103,9 @@ _LEAVE = {
 
 @contextlib.contextmanager
 def duals_shared() -> Iterator[None]:
-    """Inside, ``torch.func.jvp`` takes part in the dual numbers of a graph that runs around it, as of one in Python."""
-    if forward_ad._current_level >= 0 or not _has_duals():
+    """Inside, ``torch.func.jvp`` takes part in the dual numbers around it, those of a graph or of `forward_ad`."""
+    before = forward_ad._current_level
+    if eager_transforms.JVP_NESTING or not (before >= 0 or has_duals()):
         yield
         return
     forward_ad._current_level = _DUAL
@@ -113,10 +114,11 @@ def duals_shared() -> Iterator[None]:
         yield
     finally:
         eager_transforms.JVP_NESTING -= 1
-        forward_ad._current_level = -1
+        forward_ad._current_level = before
 
 
-def _has_duals() -> bool:
+def has_duals() -> bool:
+    """Whether there is a level of dual numbers, also where a graph has entered it without telling Python."""
     try:
         level = torch._C._enter_dual_level()
     except RuntimeError:  # there is one, and there cannot be two
@@ -125,12 +127,14 @@ def _has_duals() -> bool:
     return False
 
 
-def has_tangent(tensor: torch.Tensor) -> bool:
-    """Whether forward-mode AD knows a tangent of this tensor, asked so that nobody records the question."""
+def has_tangent(tensor: object) -> bool:
+    """Whether this is a tensor that forward-mode AD knows a tangent of, asked so that nobody records the question."""
+    if not isinstance(tensor, torch.Tensor):
+        return False
     if _functionalized(tensor):  # it is nothing without its mode, and inside torch.func torch fails to look twice
-        return isinstance(tensor, FunctionalTensor) and forward_ad.unpack_dual(tensor).tangent is not None
+        return isinstance(tensor, FunctionalTensor) and forward_ad.unpack_dual(tensor, level=_DUAL).tangent is not None
     with _disable_current_modes():
-        return forward_ad.unpack_dual(tensor).tangent is not None
+        return forward_ad.unpack_dual(tensor, level=_DUAL).tangent is not None
 
 
 def _functionalized(tensor: torch.Tensor) -> bool:
@@ -209,6 +213,30 @@ class Tangents:
                     )
             packed.append(value)
         return tuple(packed)
+
+
+class Duals(Tangents):
+    """The dual numbers of `torch.autograd.forward_ad`, outside torch.func."""
+
+    def __init__(self) -> None:
+        """There is one level of them."""
+
+    def lower(self) -> contextlib.AbstractContextManager[object]:
+        """Inside, nothing gets a tangent."""
+        return forward_ad._set_fwd_grad_enabled(False)
+
+    def unpack(self, values: Sequence[object]) -> tuple[list[object], dict[int, torch.Tensor]]:
+        """Values, and the tangents of those that have one, by number."""
+        pairs = {i: forward_ad.unpack_dual(v, level=_DUAL) for i, v in enumerate(values) if isinstance(v, torch.Tensor)}
+        primals = [pairs[i].primal if i in pairs else value for i, value in enumerate(values)]
+        return primals, {i: pair.tangent for i, pair in pairs.items() if pair.tangent is not None}
+
+    def pack(self, values: Sequence[object], tangents: Mapping[int, torch.Tensor]) -> tuple[object, ...]:
+        """The inverse of `unpack`."""
+        return tuple(
+            forward_ad.make_dual(cast("torch.Tensor", value), tangents[i], level=_DUAL) if i in tangents else value
+            for i, value in enumerate(values)
+        )
 
 
 class Gradients:

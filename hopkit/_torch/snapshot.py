@@ -22,7 +22,7 @@ from torch.fx.graph_module import _loader
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from hopkit._torch.levels import _has_duals
+from hopkit._torch.levels import has_duals
 
 DEVICES = ("cpu", "cuda")
 
@@ -44,7 +44,7 @@ def snapshot() -> dict[str, object]:
         "torch function": torch._C._is_torch_function_enabled(),
         "transforms": [(i.key(), i.level()) for i in retrieve_all_functorch_interpreters()],
         "level of torch.func": _functorch.maybe_current_level(),
-        "forward AD": (forward_ad._current_level, eager_transforms.JVP_NESTING, _has_duals()),
+        "forward AD": (forward_ad._current_level, eager_transforms.JVP_NESTING, has_duals()),
         "gradients": (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_anomaly_enabled()),
         "fw grad": torch._C._is_fwd_grad_enabled(),
         "autocast": [
