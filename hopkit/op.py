@@ -25,7 +25,7 @@ from hopkit._torch.tracing import gradients_changed
 from hopkit.asking import Asking, asking
 from hopkit.call import Call
 from hopkit.digest import cacheable, digest, other_body
-from hopkit.errors import CallError, CaptureError, DataDependentError, HopkitWarning, no_gradient
+from hopkit.errors import CallError, CaptureError, DataDependentError, HopkitWarning, RuleError, no_gradient
 from hopkit.probe import Unrecordable, Unrehearsable, real_captures
 from hopkit.record import Recorder, plain_form, run_or_examples, subgraphs
 from hopkit.region import outlined
@@ -331,7 +331,18 @@ class Op(Generic[P, R]):
         answers = self.table["inductor"]
         if call.transformed:  # what was written for the op is not its derivative
             answers = tuple(answer for answer in answers if answer.place is Place.BUILTIN)
-        return ask(self.spec.name, "inductor", [cast("Callable[..., object]", a.rule) for a in answers], call)
+        outputs = ask(self.spec.name, "inductor", [cast("Callable[..., object]", a.rule) for a in answers], call)
+        if not inductor.is_lowered(outputs):
+            raise self._gave("inductor", outputs, "the node's outputs, a tuple, in Inductor's terms: `lowered(...)`")
+        return outputs
+
+    def _gave(self, mode: str, found: object, wanted: str) -> RuleError:
+        return RuleError(
+            f"the {mode} rule of op '{self.spec.name}'",
+            f"gave {found!r}",
+            why="it would be taken for what the op gives",
+            todo=f"Let it give {wanted}",
+        )
 
     def _dispatch(self, values: Mapping[str, object]) -> object:
         recorder = Recorder(self.spec, values)
@@ -425,7 +436,10 @@ class Op(Generic[P, R]):
         if self.spec.untransformed and state.transforming():
             return frame.inlined()
         rules = [cast("Callable[..., object]", answer.rule) for answer in self.table["dynamo"]]
-        return ask(self.spec.name, "dynamo", rules, frame, self.spec)
+        result = ask(self.spec.name, "dynamo", rules, frame, self.spec)
+        if not frame.knows(result):
+            raise self._gave("dynamo", result, "what `record(frame, op)` or `inline(frame, op)` of hopkit.extend gives")
+        return result
 
     # -- the way in, as a node of a graph ----------------------------------------------------------------------------
 

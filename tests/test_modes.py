@@ -209,3 +209,21 @@ def test_a_mode_sees_an_op_that_is_data_dependent() -> None:
         assert ("aten.sin.default" in mode.names) == (value > 0)
         with Names(whole=True):
             same(branch(torch.tensor(value), torch.sin, X), X.sin() if value > 0 else X)
+
+
+@pytest.mark.parametrize("given", [NotImplemented, 5])
+@pytest.mark.parametrize("recorded", [False, True])
+def test_a_mode_that_gives_no_outputs_is_told_of(given: object, recorded: bool) -> None:
+    class Odd(Names):
+        def __torch_dispatch__(self, func: Any, types: object, args: Any = (), kwargs: Any = None) -> Any:
+            whole = isinstance(func, torch._ops.HigherOrderOperator)
+            return given if whole else super().__torch_dispatch__(func, types, args, kwargs)
+
+    twice = define_twice()
+    run = record(lambda x: twice(torch.sin, x), X) if recorded else lambda x: twice(torch.sin, x)
+    with (
+        pytest.raises(hopkit.HopkitError, match=f"Odd, which takes .* whole, gave {given} for op 't_twice'"),
+        Odd(True),
+    ):
+        run(X)
+    same(run(X), plain(torch.sin, X))

@@ -364,6 +364,10 @@ class Frame:
             from_exc=error,
         )
 
+    def knows(self, result: object) -> bool:
+        """Whether this can be the result of a call that Dynamo reads."""
+        return isinstance(result, VariableTracker)
+
     def unread(self, error: Exception, what: str) -> None:
         """As `refuse`, where Dynamo broke the graph; what it refuses in a subgraph alone it can read in place.
 

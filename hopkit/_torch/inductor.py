@@ -78,6 +78,11 @@ def untouched(value: object) -> object:
     return value
 
 
+def is_lowered(outputs: object) -> bool:
+    """Whether these can be the outputs of a node: a tuple of Inductor's own values, and numbers."""
+    return isinstance(outputs, (tuple, list)) and not any(isinstance(output, torch.Tensor) for output in outputs)
+
+
 class _Named(Protocol):
     def get_name(self) -> str: ...
 

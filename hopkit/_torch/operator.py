@@ -13,7 +13,8 @@ from torch._ops import HigherOrderOperator, _higher_order_ops
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hopkit._torch import dynamo, state, trees
-from hopkit.errors import AutogradError
+from hopkit.errors import AutogradError, RuleError
+from hopkit.layout import KEYWORD
 
 if TYPE_CHECKING:
     from hopkit._torch.frame import Frame
@@ -65,9 +66,20 @@ class Operator(HigherOrderOperator):
                 why="that vmap knows operators of ATen alone",
                 todo="Batch it with `torch.func`: `torch.vmap` of what `torch.func.vjp` gives",
             )
-        if dispatch_key == DispatchKey.Python and not self._has_python(args):
+        if dispatch_key != DispatchKey.Python:
+            return super().dispatch(dispatch_key, *args, **kwargs)  # type: ignore[no-untyped-call] # torch's own
+        if not self._has_python(args):
             return self._run(*args, **kwargs)
-        return super().dispatch(dispatch_key, *args, **kwargs)  # type: ignore[no-untyped-call] # torch's own
+        who = next((type(mode).__qualname__ for mode in state.dispatch_modes()), "a tensor subclass")
+        result = super().dispatch(dispatch_key, *args, **kwargs)  # type: ignore[no-untyped-call] # torch's own
+        if result is NotImplemented or (KEYWORD in kwargs and not isinstance(result, (tuple, list))):
+            raise RuleError(
+                f"{who}, which takes operators on functions whole,",
+                f"gave {result!r} for op '{self.__name__}'",
+                why="it would be taken for the outputs of the op's node, which are a tuple",
+                todo="Let it give what `func(*args, **kwargs)` gives, or not say `supports_higher_order_operators`",
+            )
+        return result
 
     def _has_transform(self) -> bool:
         top = torch._C._functorch.peek_interpreter_stack()
