@@ -498,7 +498,7 @@ def test_a_rule_that_gives_something_else_is_told_of(name: str) -> None:
         return body(x)
 
     wrong.rule(mode)(rule)
-    with pytest.raises((RuleError, RuntimeError), match="op 't_wrong'.* gave"):
+    with pytest.raises((RuleError, RuntimeError), match=r"op 't_wrong'.* gave"):
         call(wrong, torch.ones(2, requires_grad=True))
 
 
