@@ -18,7 +18,7 @@ from hopkit import binding, install, layout, live
 from hopkit._torch import checkpoint, dynamo, inductor, keys, state, trees
 from hopkit._torch.autograd import needs_gradient, raise_in_backward
 from hopkit._torch.fakes import bound, effectless, rehearsing
-from hopkit._torch.levels import has_duals, has_tangent
+from hopkit._torch.levels import functionalizes, has_duals, has_tangent
 from hopkit._torch.operator import Operator
 from hopkit._torch.operator import Place as TorchPlace
 from hopkit._torch.tracing import gradients_changed
@@ -287,6 +287,8 @@ class Op(Generic[P, R]):
         if "jvp" in self._asking.transforms and any(map(has_tangent, trees.leaves(operands))):
             return True  # in a graph that has entered dual numbers without telling Python
         if self._asking.always or (self.spec.effectful and state.functionalizing()):
+            return True
+        if "functionalize" in self._asking.transforms and functionalizes():
             return True
         if self._declared(operands):
             return True

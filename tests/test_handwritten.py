@@ -392,6 +392,9 @@ def test_an_author_s_functionalize_and_proxy_rules_are_asked(op: Scaled) -> None
     assert asked == ["functionalize", "proxy"]
     assert [name for name, _ in graph.named_children()] == ["mine"]
     torch.testing.assert_close(graph(x), 2 * x.sin())
+    asked.clear()
+    torch.testing.assert_close(torch.func.functionalize(lambda x: op(torch.sin, x))(x), 2 * x.sin())
+    assert asked == ["functionalize"]
 
 
 # Results and arguments that do not match one to one

@@ -39,6 +39,11 @@ def top() -> FuncTorchInterpreter | None:
     return interpreters[-1] if interpreters else None
 
 
+def functionalizes() -> bool:
+    """Whether ``torch.func.functionalize`` is active."""
+    return any(level.key() == TransformType.Functionalize for level in retrieve_all_functorch_interpreters())
+
+
 def base(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor that is no level's."""
     while _functorch.is_functorch_wrapped_tensor(tensor):

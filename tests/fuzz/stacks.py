@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 import hopkit
 from hopkit._torch import trees
 from hopkit._torch.fakes import FakeMode
+from hopkit._torch.fakes import outside_modes
 from hopkit._torch.levels import base
 from tests.fuzz.program import Layer
 from tests.modes import Boxed, Looking, Names, Passing
@@ -102,7 +103,8 @@ def direction(t: Tensor) -> Tensor:
 
 def others(ts: Sequence[Tensor]) -> list[Tensor]:
     """Tensors like these with other values, to record on: what is wrongly taken for a constant is seen then."""
-    return [_other(t) if type(t) is Tensor and t.is_floating_point() and base(t) is t else t for t in ts]
+    with outside_modes():
+        return [_other(t) if type(t) is Tensor and t.is_floating_point() and base(t) is t else t for t in ts]
 
 
 def _other(t: Tensor) -> Tensor:
