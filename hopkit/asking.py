@@ -67,7 +67,9 @@ def asking(table: Table, modes: Sequence[Mode]) -> Asking:
         kernels=table["device"] if by_hand and not (subclasses or backends) else (),
         derivative="autograd" in written,
         in_place=tuple((entry, table[name]) for name, entry in in_place.items() if isinstance(entry, type)),
-        transforms=frozenset(written & {"vmap", "jvp", "functionalize"} | ({"grad", "vmap"} if "autograd" in written else set())),
+        transforms=frozenset(
+            written & {"vmap", "jvp", "functionalize"} | ({"grad", "vmap"} if "autograd" in written else set())
+        ),
         whole=backends or not written.isdisjoint({"device", "functionalize", "proxy", "inductor"}),
     )
 

@@ -19,8 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 import hopkit
 from hopkit._torch import trees
-from hopkit._torch.fakes import FakeMode
-from hopkit._torch.fakes import outside_modes
+from hopkit._torch.fakes import FakeMode, outside_modes
 from hopkit._torch.levels import base
 from tests.fuzz.program import Layer
 from tests.modes import Boxed, Looking, Names, Passing
