@@ -22,6 +22,7 @@ from hopkit._torch.levels import functionalizes, has_duals, has_tangent
 from hopkit._torch.operator import Operator
 from hopkit._torch.operator import Place as TorchPlace
 from hopkit._torch.tracing import gradients_changed
+from hopkit._torch.watch import replaced
 from hopkit.asking import Asking, asking
 from hopkit.call import Call
 from hopkit.digest import cacheable, digest, other_body
@@ -108,7 +109,7 @@ class Op(Generic[P, R]):
         self.before: AnyOp | None = None
         self.place = TorchPlace(spec.name)
         self.operator = Operator(
-            spec.name, self._enter_flat, self._run_flat, self._schema, self._read_call, self._digest
+            spec.name, self._enter_flat, self._run_flat, self._schema, self._read_call, self._digest, layout.KEYWORD
         )
         if spec.effectful or spec.mutates:
             torch.fx.node.has_side_effect(self.operator)
@@ -215,6 +216,8 @@ class Op(Generic[P, R]):
         if self._load is not None:
             self._load()
         values = binding.bind(self.spec, args, kwargs)
+        if state.recording():  # an operand may be what a subgraph around this call closes over
+            values |= replaced({p.name: values[p.name] for p in self.spec.of_kind(Kind.OPERAND)})
         operands = [values[p.name] for p in self.spec.of_kind(Kind.OPERAND)]
         if self._asking.kernels and self._undisturbed() and (device := state.only_device(trees.leaves(operands))):
             kernels = [cast("Callable[..., object]", a.rule) for a in self._asking.kernels if a.device in ("", device)]

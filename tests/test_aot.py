@@ -565,3 +565,14 @@ def test_a_node_vanishes_with_its_op() -> None:
     for graph, inputs in ((forward, [X, W]), (backward, [*cast("Sequence[Tensor]", forward(X, W))[1:], W])):
         with hopkit.decompose(once):
             assert not nodes(record(graph, *inputs), once)
+
+
+def test_an_op_within_an_op_is_called_on_what_is_closed_over() -> None:
+    once = define_once()
+
+    def run(x: Tensor) -> Tensor:
+        return once(lambda y: once(lambda z: z.sin() * y, x), x)
+
+    x = torch.linspace(-1.0, 1.0, 6).requires_grad_()
+    found = torch.autograd.grad(aot_function(run, lambda graph, _: make_boxed_func(graph.forward))(x).sum(), x)
+    same(found, plainly(lambda: torch.autograd.grad(run(x).sum(), x)))

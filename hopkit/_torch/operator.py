@@ -14,7 +14,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hopkit._torch import dynamo, state, trees
 from hopkit.errors import AutogradError, RuleError
-from hopkit.layout import KEYWORD
 
 if TYPE_CHECKING:
     from hopkit._torch.frame import Frame
@@ -39,10 +38,11 @@ class Operator(HigherOrderOperator):
         schema: Callable[..., object],
         read: Callable[[Frame], object],
         digest: Callable[[], tuple[str, bool]],
+        layout: str,
     ) -> None:
         super().__init__(name)  # type: ignore[no-untyped-call] # torch's own
         self._enter, self._run, self._schema_of, self.read = enter, run, schema, read
-        self._digest_of = digest
+        self._digest_of, self._layout = digest, layout  # the keyword of nodes whose outputs are a tuple
         # A view that only conjugates or negates is seen by the body's own operators.
         for key in (DispatchKey.Conjugate, DispatchKey.Negative, DispatchKey.ZeroTensor):
             self.fallthrough(key)  # type: ignore[no-untyped-call] # torch's own
@@ -72,7 +72,7 @@ class Operator(HigherOrderOperator):
             return self._run(*args, **kwargs)
         who = next((type(mode).__qualname__ for mode in state.dispatch_modes()), "a tensor subclass")
         result = super().dispatch(dispatch_key, *args, **kwargs)  # type: ignore[no-untyped-call] # torch's own
-        if result is NotImplemented or (KEYWORD in kwargs and not isinstance(result, (tuple, list))):
+        if result is NotImplemented or (self._layout in kwargs and not isinstance(result, (tuple, list))):
             raise RuleError(
                 f"{who}, which takes operators on functions whole,",
                 f"gave {result!r} for op '{self.__name__}'",

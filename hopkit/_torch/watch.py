@@ -12,7 +12,7 @@ from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.graph import Node
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from typing_extensions import Self
 
@@ -87,6 +87,14 @@ class Substitute(TorchFunctionMode):
         if isinstance(leaf, slice):  # no pytree, and yet it may hold sizes
             return slice(*map(self._leaf, (leaf.start, leaf.stop, leaf.step)))
         return leaf
+
+
+def replaced(value: T) -> T:
+    """A pytree as code that runs here sees it: with every value replaced that has a stand-in."""
+    for mode in reversed(_get_current_function_mode_stack()):
+        if isinstance(mode, Substitute):
+            value = mode.replaced(value)
+    return value
 
 
 _ASKED = (torch.Tensor.requires_grad.__get__, torch.Tensor.is_leaf.__get__)  # type: ignore[attr-defined] # properties
