@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 
 from hopkit._torch import functional, inductor, keys, levels, library, trees
-from hopkit._torch.autograd import level_is_off, needs_gradient, passed_on
+from hopkit._torch.autograd import dual, level_is_off, needs_gradient, passed_on
 from hopkit._torch.fakes import FakeMode, autograd_on, bound, in_mode, run_in_mode
 from hopkit._torch.operator import DispatchMode, Kernel, Key
 from hopkit._torch.tracing import ProxyMode, Tracer
@@ -36,7 +36,8 @@ def kernels(op: str, table: Table, modes: Sequence[Mode], decode: Decode) -> dic
         if answers and mode.name not in _ELSEWHERE and not mode.in_place:
             found.update(_ADAPTERS.get(mode.name, _added)(op, mode, answers, decode))
     if table["jvp"][0].place is not Place.BUILTIN:
-        found[keys.AUTOGRAD] = _of_duals(op, found[keys.AUTOGRAD], table["jvp"], decode)
+        for autograd, before in ((keys.AUTOGRAD, 0), (levels.GRAD, 1)):
+            found[autograd] = _of_duals(op, found[autograd], before, table["jvp"], decode)
     if not lowered(table):
         for key in (keys.FUNCTIONALIZE, keys.PROXY):
             found[key] = _inlining(op, found[key], table["device"], decode)
@@ -160,7 +161,7 @@ def _autograd(op: str, mode: Mode, answers: Sequence[Answer], decode: Decode) ->
 
     def of_level(_: object, /, *args: object, **kwargs: object) -> object:
         call = decode(*args, **kwargs)
-        if not needs_gradient(call.inputs):
+        if not needs_gradient(call.inputs) and not dual(call.inputs):
             return passed_on(lambda inputs: call.replace(inputs=inputs)(), call.inputs)
         if policy and call.op.autograd == "error":
             raise no_gradient(op)
@@ -172,13 +173,21 @@ def _autograd(op: str, mode: Mode, answers: Sequence[Answer], decode: Decode) ->
     return {keys.AUTOGRAD: kernel, levels.GRAD: of_level}
 
 
-def _of_duals(op: str, kernel: Kernel, answers: Sequence[Answer], decode: Decode) -> Kernel:
-    """As ``kernel``, for autograd; an author's jvp rule answers for dual numbers outside torch.func, too."""
+def _of_duals(op: str, kernel: Kernel, before: int, answers: Sequence[Answer], decode: Decode) -> Kernel:
+    """As ``kernel``, for autograd; an author's jvp rule answers for dual numbers outside torch.func, too.
+
+    Args:
+        op: The op's name.
+        kernel: Who answers otherwise.
+        before: How many arguments come before the node's.
+        answers: Those for jvp.
+        decode: Gives the call.
+    """
     rules = [_on_levels(a.rule, pushed) for a in answers if a.place is not Place.BUILTIN]
     rules.append(lambda _, call: call.run())
 
     def of_duals(*args: object, **kwargs: object) -> object:
-        call = decode(*args, **kwargs)
+        call = decode(*args[before:], **kwargs)
         if call.layout is None or not any(map(levels.has_tangent, call.inputs)):
             return kernel(*args, **kwargs)
         return ask(op, "jvp", rules, levels.Duals(), call)

@@ -422,3 +422,16 @@ def test_a_tensor_subclass_in_a_compiled_derivative() -> None:
 
     compiled = torch.compile(pulled(lambda x: op(lambda y: y, x)), backend="aot_eager")
     same(compiled(T), pulled(lambda x: x)(T))
+
+
+def test_dual_numbers_without_gradients_inside_a_derivative() -> None:
+    op = define_once()
+
+    def pulled(f: Called) -> Called:
+        def tangent(x: Tensor) -> Tensor:
+            with forward_ad.dual_level(), torch.no_grad():
+                return cast("Tensor", forward_ad.unpack_dual(f(forward_ad.make_dual(x, x.detach()))).tangent)
+
+        return lambda x: torch.func.vjp(lambda x: record(tangent, x)(x) * x, x)[1](x)[0]
+
+    same(pulled(lambda x: op(torch.sin, x))(T), pulled(torch.sin)(T))

@@ -40,7 +40,7 @@ def dual(values: Sequence[object]) -> bool:
     """Whether one of these tensors has a tangent."""
     # Dynamo's graph enters them without telling Python. To ask is no matter of one thread: not where nothing records.
     around = forward_ad._current_level >= 0 or (recording() and levels.has_duals())
-    return around and any(map(levels.has_tangent, values))
+    return around and any(levels.has_tangent(value) or levels.may_have_tangent(value) for value in values)
 
 
 def needs_gradient(values: Sequence[object]) -> bool:

@@ -142,6 +142,16 @@ def has_tangent(tensor: object) -> bool:
         return forward_ad.unpack_dual(tensor, level=_DUAL).tangent is not None
 
 
+def may_have_tangent(tensor: object) -> bool:
+    """Whether nobody can tell if this is a dual number: functionalization's own tensor in a derivative.
+
+    In ``torch.func.jvp`` its level tells.
+    """
+    if not isinstance(tensor, torch.Tensor) or isinstance(tensor, FunctionalTensor) or not _functionalized(tensor):
+        return False
+    return not any(level.key() == JVP for level in retrieve_all_functorch_interpreters())
+
+
 def _functionalized(tensor: torch.Tensor) -> bool:
     return isinstance(base(tensor), FunctionalTensor)
 
