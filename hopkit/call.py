@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol, cast
 
@@ -267,6 +268,13 @@ class Call:
     def jvp(self, inputs: Sequence[object], tangents: Mapping[int, torch.Tensor], given: Sequence[int]) -> Call:
         """The call, and tangents of its outputs ``given``, for the tangents of these inputs, by number."""
         return self._transformed([*inputs, *tangents.values()], ("jvp", tuple(tangents), tuple(given)))
+
+    def capturing(self, values: Sequence[Sequence[object]]) -> Call:
+        """The call where graph number i takes ``values[i]``, too, after what it takes: they are inputs of the op."""
+        assert self.layout is not None
+        at = len(self.inputs) - self.layout.added
+        layout = self.layout.capturing([tuple(map(Meta.of, many)) for many in values], at)
+        return self.replace(inputs=(*self.inputs[:at], *itertools.chain(*values), *self.inputs[at:]), layout=layout)
 
     def _transformed(self, inputs: Sequence[object], step: tuple[object, ...]) -> Call:
         assert self.layout is not None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -172,14 +173,28 @@ class Layout:
         )
         return _signed(codec.dumps(parts))
 
-    def capturing(self, added: Sequence[tuple[int, ...]], metas: tuple[Meta, ...]) -> Layout:
-        """This layout with more inputs, described by ``metas``: graph number i captures the inputs ``added[i]`` too."""
+    @property
+    def added(self) -> int:
+        """How many inputs come with the transforms, after those of the op: gradients and tangents."""
+        numbers: dict[object, int] = {"vjp": 2, "jvp": 1}
+        return sum(len(cast("Sequence[int]", t[numbers[t[0]]])) for t in self.transforms if t[0] in numbers)
+
+    def capturing(self, added: Sequence[Sequence[Meta]], at: int) -> Layout:
+        """This layout with more inputs, from number ``at``: graph number i captures ``added[i]``, too.
+
+        Args:
+            added: What they are, by graph.
+            at: How many inputs the op has so far. What comes with transforms comes after the new ones.
+        """
+        ends = list(itertools.accumulate(map(len, added), initial=at))
 
         def more(v: Variant) -> Variant:
-            return dataclasses.replace(v, captures=(*v.captures, *added[v.graph]))
+            return dataclasses.replace(v, captures=(*v.captures, *range(ends[v.graph], ends[v.graph + 1])))
 
         subgraphs = {name: tuple(tuple(map(more, v)) for v in many) for name, many in self.subgraphs.items()}
-        return dataclasses.replace(self, subgraphs=subgraphs, metas=(*self.metas, *metas))
+        metas = () if self.region else (*self.metas, *itertools.chain(*added))
+        transforms = tuple(_moved(step, at, ends[-1] - at) for step in self.transforms)
+        return dataclasses.replace(self, subgraphs=subgraphs, metas=metas, transforms=transforms)
 
     @property
     def region(self) -> str:
@@ -193,6 +208,17 @@ class Layout:
         for meta, value in zip(self.metas, inputs, strict=False):
             meta.bind(value, symbols)
         return symbols
+
+
+def _moved(step: tuple[object, ...], at: int, count: int) -> tuple[object, ...]:
+    """A transform where ``count`` inputs were put before number ``at``."""
+    name, which, *rest = step
+    if name == REGION:
+        return step
+    numbers = cast("tuple[int | None, ...]", which)
+    if name == "vmap":
+        return (name, (*numbers[:at], *[None] * count, *numbers[at:]), *rest)
+    return (name, tuple(i + count if i >= at else i for i in cast("tuple[int, ...]", numbers)), *rest)
 
 
 def _meta_out(meta: Meta) -> tuple[object, ...]:

@@ -16,7 +16,7 @@ from hopkit._torch import trees
 from hopkit._torch.autograd import needs_gradient
 from hopkit.call import Call
 from hopkit.codec import Slot
-from hopkit.errors import CaptureError, HopkitError
+from hopkit.errors import HopkitError
 from hopkit.layout import Meta, arguments
 from hopkit.probe import Graph, Unrecordable
 from hopkit.record import Recorder, Recording
@@ -82,41 +82,12 @@ def _record_node(frame: Frame, op: OpSpec) -> Variable:
         target, values = cast("Operator", frame.target), tuple(trees.leaves(frame.value(inputs)))
         call = Call(op, target, tuple(read), values, constants, dataclasses.replace(known, digest=target.digest()))
         found = [subgraph.read(example, {}) for subgraph, example in zip(read, call.examples, strict=True)]
-        call = _widened(call, [graph.tensors for graph in found])
+        call = call.capturing([graph.tensors for graph in found])  # what a graph holds itself Dynamo makes an input
         closed = [frame.close(graph, graph.tensors) for graph in found]
         return frame.emit(dict(zip(closed, call.graph_names(), strict=True)), closed, call.inputs, call.keywords)
     except (HopkitError, LookupError, NotImplementedError) as error:
         told.complain()
         frame.refuse(f"a node of op '{op.name}'", error)
-
-
-def _widened(call: Call, held: Sequence[Sequence[torch.Tensor]]) -> Call:
-    """``call``, with the tensors that each graph holds itself among its captures: Dynamo makes inputs of them.
-
-    Raises:
-        CaptureError: It is a derivative, whose inputs go by their numbers.
-    """
-    assert call.layout is not None
-    known, inputs, captures = call.layout, list(call.inputs), list[tuple[int, ...]]()
-    for tensors in held:
-        captures.append(tuple(range(len(inputs), len(inputs) + len(tensors))))
-        inputs.extend(tensors)
-    if known.transforms and any(held):
-        raise CaptureError(
-            f"a derivative of op '{call.op.name}'",
-            "is a node whose graph holds a tensor of its own",
-            why="Dynamo makes it an input, and the inputs of a derivative go by their numbers",
-            todo="Compile the function that was recorded, in place of its graph",
-        )
-    subgraphs = {
-        name: tuple(
-            tuple(dataclasses.replace(v, captures=(*v.captures, *captures[v.graph])) for v in variants)
-            for variants in many
-        )
-        for name, many in known.subgraphs.items()
-    }
-    metas = (*known.metas, *map(Meta.of, inputs[len(call.inputs) :]))
-    return call.replace(inputs=inputs, layout=dataclasses.replace(known, subgraphs=subgraphs, metas=metas))
 
 
 class _Told:
