@@ -126,6 +126,8 @@ class Call(Generic[N]):
             for source in self._looked_up:
                 if not under(source):
                     _refuse_identity(self._resolved(source))
+                elif source.name in output.unspec_variable_map:  # a number that may change has its guards elsewhere
+                    raise UnlikeError
         except UnlikeError:
             return
         guards = [guard for guard in output.guards if under(guard.originating_source)]
