@@ -315,7 +315,8 @@ class Op(Generic[P, R]):
         if install.lowered(self.table):
             inductor.lower(self.operator, self._lower)
             return False
-        return not (self._asking.always or install.called_back(self.spec) or outlined(self.spec))
+        deferred = self.spec.autograd == "deferred_error" and torch.is_grad_enabled()  # a node, whose backward raises
+        return not (self._asking.always or install.called_back(self.spec) or outlined(self.spec) or deferred)
 
     def _lower(self, /, *args: object, **kwargs: object) -> object:
         call = self.decode(*args, **kwargs)

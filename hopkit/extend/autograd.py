@@ -19,6 +19,7 @@ from hopkit._torch.autograd import (
     raise_in_backward,
     versions,
 )
+from hopkit._torch.library import raises_when_run
 from hopkit._torch.partition import OutsideError
 from hopkit._torch.state import recording_ahead
 from hopkit.call import Call
@@ -38,6 +39,7 @@ __all__ = [
     "needs_gradient",
     "no_gradient",
     "raise_in_backward",
+    "raises_when_run",
     "recording_ahead",
     "versions",
 ]

@@ -14,6 +14,7 @@ import torch
 from hopkit import binding, layout
 from hopkit._torch import trees
 from hopkit._torch.autograd import needs_gradient
+from hopkit._torch.state import transforming
 from hopkit.call import Call
 from hopkit.codec import Slot
 from hopkit.errors import HopkitError
@@ -57,8 +58,9 @@ def record(frame: Frame, op: OpSpec) -> Variable:
         values = _values(frame, op, told)
         digest = cast("Operator", frame.target).digest()
         recording = Recorder(op, values).record(digest)
-        if op.autograd == "deferred_error" and needs_gradient(recording.inputs) and not torch.compiler.is_exporting():
-            return frame.inlined()  # AOTAutograd would drop the error, and with it the gradient
+        deferred = op.autograd == "deferred_error" and torch.is_grad_enabled() and not torch.compiler.is_exporting()
+        if deferred and (transforming() or (op.mutates and needs_gradient(recording.inputs))):
+            return frame.inlined()  # nobody would raise the error there, and the gradient would be lost
         return _write(frame, op, values, recording)
     except Unrecordable as reason:
         told.complain()
