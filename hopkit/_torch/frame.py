@@ -33,7 +33,7 @@ from torch._guards import TracingContext
 from torch.fx import Graph, GraphModule, Node, Proxy
 from torch.utils import _pytree as pytree
 
-from hopkit._torch import alike, equal, sizes, trees
+from hopkit._torch import alike, equal, likeness, sizes, trees
 from hopkit._torch.autograd import computed
 from hopkit._torch.fakes import FakeMode, left, like, run_in_mode, stand_in
 
@@ -99,11 +99,11 @@ class Written:
 
     def repeatable(self, mode: FakeMode) -> bool:
         """Whether new stand-ins say all of what it gives, which is computed and nobody else's."""
-        plain = all(isinstance(leaf, int) or alike.is_constant(leaf[0]) for leaf in self.leaves)
+        plain = all(isinstance(leaf, int) or likeness.is_constant(leaf[0]) for leaf in self.leaves)
         known = all(isinstance(x, torch.Tensor) and not any(map(sizes.unbacked, x.shape)) for x in self.examples)
         if not plain or not known:
             return False
-        return all(map(alike.equal, self.likes(mode), self.examples))
+        return all(map(likeness.equal, self.likes(mode), self.examples))
 
 
 class Frame:
@@ -142,7 +142,7 @@ class Frame:
         """
         try:
             self._call = alike.Call(self._tx, self.target, self.args, self.kwargs)
-        except alike.UnlikeError:
+        except likeness.UnlikeError:
             return None
         found = self._call.found()
         if found is None or any(self._tx.output.nn_modules.get(name) is not graph for name, graph in found[0].graphs):
