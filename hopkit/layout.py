@@ -94,6 +94,7 @@ class Variant:
         captures: Which of the node's inputs follow the slots.
         gives: The result, with a `Slot` for every output of the graph; ``Slot(-1 - i)`` is what stands in slot ``i`` of
             ``takes``, given back.
+        writes: The slots that are to hold, afterwards, what the graph gives last: it writes to nothing itself.
     """
 
     graph: int
@@ -101,6 +102,7 @@ class Variant:
     metas: tuple[Meta, ...]
     captures: tuple[int, ...]
     gives: object
+    writes: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, inputs: Sequence[object]) -> Variant:
@@ -196,6 +198,15 @@ class Layout:
         transforms = tuple(_moved(step, at, ends[-1] - at) for step in self.transforms)
         return dataclasses.replace(self, subgraphs=subgraphs, metas=metas, transforms=transforms)
 
+    def writing(self, written: Sequence[tuple[int, ...]]) -> Layout:
+        """This layout where graph number i does not write to ``written[i]`` of its inputs, but gives what they hold."""
+
+        def more(v: Variant) -> Variant:
+            return dataclasses.replace(v, writes=(*v.writes, *written[v.graph]))
+
+        subgraphs = {name: tuple(tuple(map(more, v)) for v in many) for name, many in self.subgraphs.items()}
+        return dataclasses.replace(self, subgraphs=subgraphs)
+
     @property
     def region(self) -> str:
         """Which part of an op that trains this is, "forward" or "backward"; "" for all others."""
@@ -226,15 +237,17 @@ def _meta_out(meta: Meta) -> tuple[object, ...]:
 
 
 def _variant_out(v: Variant) -> tuple[object, ...]:
-    return (v.graph, v.takes, tuple(map(_meta_out, v.metas)), v.captures, v.gives)
+    text = (v.graph, v.takes, tuple(map(_meta_out, v.metas)), v.captures, v.gives, v.writes)
+    return text if v.writes else text[:-1]
 
 
-_VariantText = tuple[int, object, tuple[object, ...], tuple[int, ...], object]
+_VariantText = tuple[int, object, tuple[object, ...], tuple[int, ...], object, tuple[int, ...]]
+"""The last may be missing."""
 
 
 def _variant_in(data: _VariantText) -> Variant:
-    graph, takes, metas, captures, gives = data
-    return Variant(graph, takes, _metas_in(metas), captures, gives)
+    graph, takes, metas, captures, gives, writes = (*data, ())[:6]
+    return Variant(graph, takes, _metas_in(metas), captures, gives, writes)
 
 
 def _metas_in(data: tuple[object, ...]) -> tuple[Meta, ...]:

@@ -188,6 +188,32 @@ def test_a_recorded_transform_with_a_literal_goes_round(name: str) -> None:
             same(found.module()(x), graph(x))
 
 
+WRITES: dict[str, tuple[int, Callable[[Any, Tensor], Tensor]]] = {
+    "and gives something else": (1, lambda fresh, x: fresh(lambda y: y.mul_(2).sin(), x)),
+    "and gives the argument": (1, lambda fresh, x: fresh(lambda y: y.mul_(2), x)),
+    "a part of it": (1, lambda fresh, x: fresh(lambda y: (y[0].mul_(3), y * 2)[1], x)),
+    "in an op in an op": (2, lambda fresh, x: fresh(lambda y: fresh(lambda z: z.add_(1).sin(), y).mul_(3), x)),
+    "what it sees twice": (0, lambda fresh, x: fresh(lambda y, z: y.mul_(2) + z, x, True)),
+}
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("name", WRITES)
+def test_a_subgraph_that_writes_to_what_the_body_made(name: str, strict: bool) -> None:
+    @hopkit.define("t_fresh")
+    def fresh(body: Subgraph, x: Tensor, twice: bool = False) -> Tensor:
+        y = x * 1
+        return body(y, y[0]) + y if twice else body(y) + y
+
+    count, case = WRITES[name]
+    model = State(lambda m, x: case(fresh, x * m.weight))
+    program = torch.export.export(model, (X,), strict=strict).run_decompositions()
+    for found in (program, again(program), again(program).run_decompositions()):
+        assert nodes(found.graph_module, fresh) == count
+        for x in (X, -X):
+            same(trained(found.module())(x.clone().requires_grad_()), trained(model)(x.clone().requires_grad_()))
+
+
 def _check(model: State, program: torch.export.ExportedProgram, count: int, inputs: list[Tensor]) -> None:
     for found in (program, again(program)):
         assert sum(nodes(found.graph_module, op) for op in hopkit.ops().values()) == count
