@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol, cast
 
@@ -13,7 +14,7 @@ from hopkit import binding, transform
 from hopkit import layout as layouts
 from hopkit._torch import schema, sizes, trees
 from hopkit._torch.autograd import computed, differentiable, needs_gradient
-from hopkit._torch.fakes import Stage, outside_modes, together
+from hopkit._torch.fakes import Stage, copied, outside_modes, same_storage, together
 from hopkit._torch.functional import memory
 from hopkit._torch.watch import Same, Substitute, Watch, custom_backward, sources
 from hopkit.codec import Slot
@@ -60,6 +61,21 @@ def with_gradients(graph: GraphLike) -> bool:
 
 
 @dataclasses.dataclass(frozen=True)
+class Giving:
+    """A graph that writes to copies of its inputs ``written``, and gives them after its outputs."""
+
+    graph: GraphLike
+    written: tuple[int, ...]
+
+    def __call__(self, *inputs: object) -> tuple[object, ...]:
+        values = list(inputs)
+        for i in self.written:
+            values[i] = copied(cast("torch.Tensor", inputs[i]))
+        outputs = cast("Sequence[object]", sizes.readable(self.graph)(*values))
+        return (*outputs, *(values[i] for i in self.written))
+
+
+@dataclasses.dataclass(frozen=True)
 class Rehearsal:
     """What a call does, learnt on stand-ins.
 
@@ -71,7 +87,8 @@ class Rehearsal:
         outputs: Stand-ins of what the call gives.
         sources: Per output, the inputs that it has a gradient for. None: nobody knows.
         written: The inputs that are written to.
-        writing: Whether a graph writes to what it is called with.
+        writing: Per graph, the inputs of its own that it writes to.
+        entwined: Whether one of these shares memory with another of the graph's inputs.
     """
 
     examples: tuple[tuple[object, ...], ...]
@@ -81,7 +98,8 @@ class Rehearsal:
     outputs: object
     sources: tuple[tuple[int, ...], ...] | None
     written: frozenset[int]
-    writing: bool
+    writing: tuple[tuple[int, ...], ...]
+    entwined: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -273,6 +291,21 @@ class Call:
         """The call, and tangents of its outputs ``given``, for the tangents of these inputs, by number."""
         return self._transformed([*inputs, *tangents.values()], ("jvp", tuple(tangents), tuple(given)))
 
+    def giving(self) -> Call | None:
+        """The call with graphs that write to nothing, and give what they would write. None: that is not the same."""
+        written = self.rehearsal.writing
+        if self.layout is None or self.rehearsal.entwined or (self.written and self.entangled):
+            return None
+        graphs = [Giving(graph, those) if those else graph for graph, those in zip(self.graphs, written, strict=True)]
+        return self.replace(graphs=graphs, layout=self.layout.writing(written))
+
+    def capturing(self, values: Sequence[Sequence[object]]) -> Call:
+        """The call where graph number i takes ``values[i]``, too, after what it takes: they are inputs of the op."""
+        assert self.layout is not None
+        at = len(self.inputs) - self.layout.added
+        layout = self.layout.capturing([tuple(map(Meta.of, many)) for many in values], at)
+        return self.replace(inputs=(*self.inputs[:at], *itertools.chain(*values), *self.inputs[at:]), layout=layout)
+
     def _transformed(self, inputs: Sequence[object], step: tuple[object, ...]) -> Call:
         assert self.layout is not None
         layout = dataclasses.replace(self.layout, transforms=(*self.layout.transforms, step))
@@ -303,7 +336,8 @@ class Call:
         stage, watch, declared = Stage(self.inputs), Watch(), () if self.transformed else self.declared
         seen: dict[int, list[tuple[object, ...]]] = {i: [] for i in range(len(self.graphs))}
         told: list[str] = []
-        writing: list[bool] = []
+        writing: list[set[int]] = [set() for _ in self.graphs]
+        shared: list[bool] = []
 
         def stand_in(value: object) -> object:
             return stage.fake(value) if isinstance(value, torch.Tensor) and not stage.owns(value) else value
@@ -315,8 +349,10 @@ class Call:
                 with Substitute(stand_in) as mode:
                     result = sizes.readable(function.plain if isinstance(function, Pure) else function)(*inputs)
                 told.append(mode.opaque)
-                given = [value for value in inputs if isinstance(value, torch.Tensor)]
-                writing.append(any(watch.wrote_to(value, since=before) for value in given))
+                tensors = {i: value for i, value in enumerate(inputs) if isinstance(value, torch.Tensor)}
+                those = [i for i, value in tensors.items() if watch.wrote_to(value, since=before)]
+                writing[index].update(those)
+                shared.extend(same_storage(tensors[i], other) for i in those for j, other in tensors.items() if i != j)
                 return result
 
             return graph
@@ -335,7 +371,10 @@ class Call:
             reached = None if unknown else tuple(sources(output, fakes) for output in trees.leaves(outputs))
             written = frozenset(i for i in declared if watch.wrote_to(cast("torch.Tensor", fakes[i])))
         opaque = handwritten or next(filter(None, told), "") or watch.opaque
-        return Rehearsal(examples, watch.random, handwritten, opaque, outputs, reached, written, any(writing))
+        writes = tuple(tuple(sorted(those)) for those in writing)
+        return Rehearsal(
+            examples, watch.random, handwritten, opaque, outputs, reached, written, writes, entwined=any(shared)
+        )
 
     def _example(
         self, index: int, calls: Sequence[tuple[object, ...]], inputs: Sequence[object], stage: Stage

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -93,6 +94,7 @@ class Variant:
         captures: Which of the node's inputs follow the slots.
         gives: The result, with a `Slot` for every output of the graph; ``Slot(-1 - i)`` is what stands in slot ``i`` of
             ``takes``, given back.
+        writes: The slots that are to hold, afterwards, what the graph gives last: it writes to nothing itself.
     """
 
     graph: int
@@ -100,6 +102,7 @@ class Variant:
     metas: tuple[Meta, ...]
     captures: tuple[int, ...]
     gives: object
+    writes: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, inputs: Sequence[object]) -> Variant:
@@ -172,14 +175,37 @@ class Layout:
         )
         return _signed(codec.dumps(parts))
 
-    def capturing(self, added: Sequence[tuple[int, ...]], metas: tuple[Meta, ...]) -> Layout:
-        """This layout with more inputs, described by ``metas``: graph number i captures the inputs ``added[i]`` too."""
+    @property
+    def added(self) -> int:
+        """How many inputs come with the transforms, after those of the op: gradients and tangents."""
+        numbers: dict[object, int] = {"vjp": 2, "jvp": 1}
+        return sum(len(cast("Sequence[int]", t[numbers[t[0]]])) for t in self.transforms if t[0] in numbers)
+
+    def capturing(self, added: Sequence[Sequence[Meta]], at: int) -> Layout:
+        """This layout with more inputs, from number ``at``: graph number i captures ``added[i]``, too.
+
+        Args:
+            added: What they are, by graph.
+            at: How many inputs the op has so far. What comes with transforms comes after the new ones.
+        """
+        ends = list(itertools.accumulate(map(len, added), initial=at))
 
         def more(v: Variant) -> Variant:
-            return dataclasses.replace(v, captures=(*v.captures, *added[v.graph]))
+            return dataclasses.replace(v, captures=(*v.captures, *range(ends[v.graph], ends[v.graph + 1])))
 
         subgraphs = {name: tuple(tuple(map(more, v)) for v in many) for name, many in self.subgraphs.items()}
-        return dataclasses.replace(self, subgraphs=subgraphs, metas=(*self.metas, *metas))
+        metas = () if self.region else (*self.metas, *itertools.chain(*added))
+        transforms = tuple(_moved(step, at, ends[-1] - at) for step in self.transforms)
+        return dataclasses.replace(self, subgraphs=subgraphs, metas=metas, transforms=transforms)
+
+    def writing(self, written: Sequence[tuple[int, ...]]) -> Layout:
+        """This layout where graph number i does not write to ``written[i]`` of its inputs, but gives what they hold."""
+
+        def more(v: Variant) -> Variant:
+            return dataclasses.replace(v, writes=(*v.writes, *written[v.graph]))
+
+        subgraphs = {name: tuple(tuple(map(more, v)) for v in many) for name, many in self.subgraphs.items()}
+        return dataclasses.replace(self, subgraphs=subgraphs)
 
     @property
     def region(self) -> str:
@@ -195,20 +221,33 @@ class Layout:
         return symbols
 
 
+def _moved(step: tuple[object, ...], at: int, count: int) -> tuple[object, ...]:
+    """A transform where ``count`` inputs were put before number ``at``."""
+    name, which, *rest = step
+    if name == REGION:
+        return step
+    numbers = cast("tuple[int | None, ...]", which)
+    if name == "vmap":
+        return (name, (*numbers[:at], *[None] * count, *numbers[at:]), *rest)
+    return (name, tuple(i + count if i >= at else i for i in cast("tuple[int, ...]", numbers)), *rest)
+
+
 def _meta_out(meta: Meta) -> tuple[object, ...]:
     return (meta.dtype, meta.device, meta.shape)
 
 
 def _variant_out(v: Variant) -> tuple[object, ...]:
-    return (v.graph, v.takes, tuple(map(_meta_out, v.metas)), v.captures, v.gives)
+    text = (v.graph, v.takes, tuple(map(_meta_out, v.metas)), v.captures, v.gives, v.writes)
+    return text if v.writes else text[:-1]
 
 
-_VariantText = tuple[int, object, tuple[object, ...], tuple[int, ...], object]
+_VariantText = tuple[int, object, tuple[object, ...], tuple[int, ...], object, tuple[int, ...]]
+"""The last may be missing."""
 
 
 def _variant_in(data: _VariantText) -> Variant:
-    graph, takes, metas, captures, gives = data
-    return Variant(graph, takes, _metas_in(metas), captures, gives)
+    graph, takes, metas, captures, gives, writes = (*data, ())[:6]
+    return Variant(graph, takes, _metas_in(metas), captures, gives, writes)
 
 
 def _metas_in(data: tuple[object, ...]) -> tuple[Meta, ...]:

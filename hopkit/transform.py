@@ -71,6 +71,8 @@ class Replayed:
                 if slots is not None:
                     captures = [self._inputs[i] for i in variant.captures]
                     outputs = cast("Sequence[object]", sizes.readable(self._graphs[variant.graph])(*slots, *captures))
+                    for i, new in zip(variant.writes, outputs[len(outputs) - len(variant.writes) :], strict=True):
+                        cast("torch.Tensor", slots[i]).copy_(cast("torch.Tensor", new))
                     return fill(variant.gives, [*outputs, *reversed(slots)])
         recorded = "; ".join(variant.describe() for variant in self._variants) or "nothing, it was never called"
         found = arguments()

@@ -18,7 +18,7 @@ import hopkit
 from hopkit import Subgraph
 from hopkit._torch.inductor import compiled_backward, counting, set_up, varies, written
 from tests import models
-from tests.recording import define_once, define_twice, plainly, same, trained
+from tests.recording import define_once, define_twice, nodes, plainly, same, trained
 
 pytestmark = [
     pytest.mark.usefixtures("hopkit_fresh"),
@@ -197,6 +197,55 @@ def test_floats_and_sizes_that_a_subgraph_fixes() -> None:
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)
     for length in (6, 9):
         same(step(model, compiled, TOKENS[:, :length]), step(plain, plain, TOKENS[:, :length]))
+
+
+class Settings:
+    """What several subgraphs close over."""
+
+    scale = 0.5
+
+
+FLOATS: dict[str, tuple[int, Callable[[Any, Any, Tensor], Tensor]]] = {
+    "in two calls": (2, lambda f, g, x: f(lambda y: y.sin() * Settings.scale, x) + f(lambda y: y * Settings.scale, x)),
+    "in two calls of a body": (1, lambda f, g, x: g(lambda y: y.sin() * Settings.scale, x)),
+    "after a call": (1, lambda f, g, x: f(lambda y: y.sin() * Settings.scale, x) * Settings.scale),
+    "before a call": (1, lambda f, g, x: f(lambda y: y * Settings.scale, x.sin() * Settings.scale)),
+    "in an op in an op": (2, lambda f, g, x: g(lambda y: f(lambda z: z * Settings.scale, y).sin() * Settings.scale, x)),
+    "decided on": (1, lambda f, g, x: f(lambda y: y.sin() if Settings.scale > 0.1 else y, x) * Settings.scale),
+}
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("name", FLOATS)
+def test_a_float_at_one_place_that_several_look_up(name: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With ``dynamic=True`` the float may change; Dynamo knew it in the subgraph alone that looked first."""
+    once, twice, graphs = define_once(), define_twice(), list[object]()
+    count, case = FLOATS[name]
+
+    def run(x: Tensor) -> Tensor:
+        return case(once, twice, x)
+
+    compiled = torch.compile(run, backend=counting(backend, graphs), fullgraph=True, dynamic=True)
+    for value in (0.5, 0.75):
+        monkeypatch.setattr(Settings, "scale", value)
+        (x,) = leaves(X)
+        same(trained(compiled)(x), plainly(trained(run), x))
+    assert sum(nodes(cast("nn.Module", graphs[-1]), op) for op in (once, twice)) == count
+    assert backend != "eager" or len(graphs) == 1  # AOTAutograd alone takes a float for a constant
+
+
+def test_floats_that_change_are_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    twice, compiled = define_twice(), list[object]()
+
+    def run(x: Tensor) -> Tensor:
+        return twice(lambda y: y.sin() * Settings.scale, x * Settings.scale)
+
+    function = torch.compile(run, backend=counting("inductor", compiled), fullgraph=True, dynamic=True)
+    for value in (0.5, 0.75, 0.25):
+        monkeypatch.setattr(Settings, "scale", value)
+        (x,) = leaves(X)
+        same(trained(function)(x), plainly(trained(run), x))
+    assert len(compiled) == 1
 
 
 def test_a_size_that_is_marked() -> None:

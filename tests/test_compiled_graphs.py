@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from typing import Any, cast
 
 import pytest
 import torch
+from functorch.compile import aot_function, make_boxed_func  # type: ignore[import-untyped] # torch's own
 from torch import Tensor
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import hopkit
 from hopkit import HopkitWarning, Op, Subgraph
-from hopkit._torch.frame import GraphBreak
 from tests.recording import Function, define_once, define_twice, nodes, record, same, trained
 
 pytestmark = [
     pytest.mark.usefixtures("hopkit_fresh"),
     pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning"),  # torch 2.13, of its own pytrees
+    pytest.mark.filterwarnings("ignore:`torch.jit.script"),  # torch's own decompositions
 ]
 
 X = torch.linspace(-1.0, 1.0, 16).reshape(4, 4)
@@ -127,15 +129,52 @@ def test_under_a_transform() -> None:
     same(run(X), X.sin().sin())
 
 
-def test_a_derivative_whose_graph_holds_a_tensor_breaks_the_graph() -> None:
+def literal(y: Tensor) -> Tensor:
+    return y.sin() * torch.tensor([1.0, 2.0, 3.0, 4.0])
+
+
+TRANSFORMS: dict[str, Callable[[Function], Function]] = {
+    "grad": trained,
+    "second grad": lambda f: trained(f, second=True),
+    "vmap": lambda f: torch.vmap(f, in_dims=1),
+    "vmap of jvp": lambda f: torch.vmap(lambda x: torch.func.jvp(f, (x,), (x.cos(),))),
+    "vmap of grad": lambda f: torch.vmap(torch.func.grad(lambda x: cast("Tensor", f(x)).sum()), in_dims=1),
+}
+
+
+@pytest.mark.parametrize("mode", ["real", "symbolic"])
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_a_transform_whose_graph_holds_a_tensor(name: str, mode: Any) -> None:
     twice = define_twice()
-    step = trained(lambda x: twice(lambda y: y.sin() * torch.tensor([1.0, 2.0, 3.0, 4.0]), x))
-    graph = record(step, X.clone().requires_grad_())
+    step = TRANSFORMS[name](lambda x: twice(lambda y: literal(y) * W, x))
+    x = X.clone().requires_grad_("grad" in name and "vmap" not in name)
+    graph = record(step, x, mode=mode)
     with torch.no_grad():
-        with pytest.raises(GraphBreak, match="holds a tensor of its own"):
-            compile(graph, X)
-        run, _ = compile(graph, X, fullgraph=False)
-        same(run(X), graph(X))
+        run, (compiled,) = compile(graph, x)
+    assert nodes(compiled, twice) == nodes(graph, twice) > 0
+    for sign in (1, -1):
+        other = (x.detach() * sign).requires_grad_(x.requires_grad)
+        same(run(other), step(other))
+
+
+def test_the_halves_of_an_op_that_trains_whose_graphs_hold_a_tensor() -> None:
+    twice, graphs = define_twice(), list[GraphModule]()
+
+    def keep(graph: GraphModule, _: object) -> Function:
+        graphs.append(graph)
+        return cast("Function", make_boxed_func(graph.forward))
+
+    x = X.clone().requires_grad_()
+    aot_function(lambda x: twice(lambda y: literal(y @ y), x), keep)(x).sum().backward()
+    for graph in graphs:
+        inputs = [torch.ones(node.meta["val"].shape) for node in graph.graph.find_nodes(op="placeholder")]
+        batch = (torch.linspace(0.0, 1.0, 3 * 16).reshape(3, 4, 4), *inputs[1:])
+        over = torch.vmap(graph.forward, in_dims=(0, *[None] * len(inputs[1:])))
+        with torch.no_grad():
+            for function, given in ((graph, inputs), (record(over, *batch), batch)):
+                run, (compiled,) = compile(function, *given)
+                assert nodes(compiled, twice) == 1
+                same(run(*given), graph(*given) if function is graph else over(*given))
 
 
 def test_a_body_that_has_changed_warns() -> None:

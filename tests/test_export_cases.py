@@ -14,7 +14,7 @@ from torch import Tensor
 
 import hopkit
 from hopkit import Subgraph
-from tests.recording import define_once, define_twice, nodes, plainly, same
+from tests.recording import define_once, define_twice, nodes, plainly, record, same, trained
 from tests.saving import again
 
 pytestmark = [
@@ -91,6 +91,10 @@ def loop(m: Any, x: Tensor) -> Tensor:
     return x
 
 
+def literal(y: Tensor) -> Tensor:
+    return y.sin() * torch.tensor([1.0, 2.0, 3.0, 4.0])
+
+
 CASES: dict[str, tuple[int, Callable[..., object]]] = {
     "parameter": (1, lambda m, x: m.twice(lambda y: y * m.weight, x)),
     "tied parameter": (1, lambda m, x: m.twice(lambda y: y * m.weight + m.tied, x)),
@@ -103,6 +107,7 @@ CASES: dict[str, tuple[int, Callable[..., object]]] = {
     "literal that is written to": (1, lambda m, x: m.once(lambda y: torch.tensor([1.0, 2.0, 3.0, 4.0]).mul_(y[0]), x)),
     "literal and captures": (1, lambda m, x: m.twice(lambda y: y * m.weight + torch.tensor(0.5) + m.shift, x)),
     "literal in two calls": (2, lambda m, x: [m.once(lambda y, c=c: y * torch.tensor(c), x) for c in (2.0, 3.0)]),
+    "same literal in two calls": (2, lambda m, x: m.once(literal, x) + m.once(literal, x.cos())),
     "literal on two shapes": (1, lambda m, x: m.twice(lambda y: y.sum(-1) * torch.tensor(2.0), x)),
     "literal in the body": (1, lambda m, x: m.scaled(torch.sin, x)),
     "submodule": (1, lambda m, x: m.twice(m.layers[0], x)),
@@ -153,6 +158,60 @@ def test_sizes_that_vary_go_round(name: str, strict: bool) -> None:
     rows = torch.export.Dim("rows", min=2, max=64)
     program = torch.export.export(model, (X,), dynamic_shapes={"args": ({0: rows},)}, strict=strict)
     _check(model, program, count, [X, -X[:2], torch.cat([X, X])])
+
+
+class Calls(torch.nn.Module):
+    def __init__(self, function: Callable[..., object]) -> None:
+        super().__init__()
+        self.functions = [function]
+
+    def forward(self, *args: object) -> object:
+        return self.functions[0](*args)
+
+
+TRANSFORMS: dict[str, Callable[[Callable[..., Any]], Callable[..., object]]] = {
+    "grad": trained,
+    "second grad": lambda f: trained(f, second=True),
+    "vmap of grad": lambda f: torch.vmap(torch.func.grad(lambda x: f(x).sum())),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_a_recorded_transform_with_a_literal_goes_round(name: str) -> None:
+    once = define_once()
+    graph = record(TRANSFORMS[name](lambda x: once(literal, x)), X.clone().requires_grad_(name != "vmap of grad"))
+    # Not the model's own: torch loses a constant of a module in a module in a model.
+    program = torch.export.export(Calls(graph), (X,), strict=False)
+    for found in (program, again(program), program.run_decompositions()):
+        assert nodes(found.graph_module, once) == nodes(graph, once) > 0
+        for x in (X, -X):
+            same(found.module()(x), graph(x))
+
+
+WRITES: dict[str, tuple[int, Callable[[Any, Tensor], Tensor]]] = {
+    "and gives something else": (1, lambda fresh, x: fresh(lambda y: y.mul_(2).sin(), x)),
+    "and gives the argument": (1, lambda fresh, x: fresh(lambda y: y.mul_(2), x)),
+    "a part of it": (1, lambda fresh, x: fresh(lambda y: (y[0].mul_(3), y * 2)[1], x)),
+    "in an op in an op": (2, lambda fresh, x: fresh(lambda y: fresh(lambda z: z.add_(1).sin(), y).mul_(3), x)),
+    "what it sees twice": (0, lambda fresh, x: fresh(lambda y, z: y.mul_(2) + z, x, True)),
+}
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("name", WRITES)
+def test_a_subgraph_that_writes_to_what_the_body_made(name: str, strict: bool) -> None:
+    @hopkit.define("t_fresh")
+    def fresh(body: Subgraph, x: Tensor, twice: bool = False) -> Tensor:
+        y = x * 1
+        return body(y, y[0]) + y if twice else body(y) + y
+
+    count, case = WRITES[name]
+    model = State(lambda m, x: case(fresh, x * m.weight))
+    program = torch.export.export(model, (X,), strict=strict).run_decompositions()
+    for found in (program, again(program), again(program).run_decompositions()):
+        assert nodes(found.graph_module, fresh) == count
+        for x in (X, -X):
+            same(trained(found.module())(x.clone().requires_grad_()), trained(model)(x.clone().requires_grad_()))
 
 
 def _check(model: State, program: torch.export.ExportedProgram, count: int, inputs: list[Tensor]) -> None:

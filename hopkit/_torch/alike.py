@@ -14,17 +14,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import types
 import weakref
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Generic, TypeVar, cast
 
-import torch
 from torch._C._dynamo.guards import GlobalStateGuard
 from torch._dynamo.exc import Unsupported
-from torch._dynamo.guards import GuardBuilder
-from torch._dynamo.source import UnspecializedNNModuleSource
 from torch._dynamo.symbolic_convert import InstructionTranslatorBase
 from torch._dynamo.utils import unpack_iterable
 from torch._dynamo.variables import (
@@ -42,17 +37,13 @@ from torch._dynamo.variables.base import AttributeMutationNew, ValueMutationExis
 from torch._dynamo.variables.builder import VariableBuilder
 from torch._dynamo.variables.nn_module import UnspecializedBuiltinNNModuleVariable
 from torch._guards import Guard, Source, TracingContext
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Proxy
 
-from hopkit._torch import sizes
+from hopkit._torch import sizes, sources
+from hopkit._torch.likeness import Likeness, UnlikeError, refuse_identity, told
 from hopkit._torch.watch import Same
 
 N = TypeVar("N")
-
-
-class UnlikeError(Exception):
-    """Two calls are not alike, or nobody can tell."""
 
 
 class Call(Generic[N]):
@@ -82,7 +73,7 @@ class Call(Generic[N]):
         self._walking: list[VariableTracker] = []
         self._around.check(tx)
         self._key = (Same(target), tuple(map(self._walk, args)), tuple((n, self._walk(v)) for n, v in kwargs.items()))
-        self._sources = [_plain(leaf.source) if leaf.source else None for leaf in self._leaves]
+        self._sources = [sources.plain(leaf.source) if leaf.source else None for leaf in self._leaves]
         self._values = [self._value(leaf, source) for leaf, source in zip(self._leaves, self._sources, strict=True)]
         self._looked_up = set[Source]()
 
@@ -119,13 +110,15 @@ class Call(Generic[N]):
 
         @functools.cache
         def under(source: Source) -> bool:
-            return source in roots or any(under(part) for _, part in _parts(source))
+            return source in roots or any(under(part) for _, part in sources.parts(source))
 
         try:
             origins = [self._origin(proxy) for proxy in inputs]
             for source in self._looked_up:
                 if not under(source):
-                    _refuse_identity(self._resolved(source))
+                    refuse_identity(self._resolved(source))
+                elif source.name in output.unspec_variable_map:  # a number that may change has its guards elsewhere
+                    raise UnlikeError
         except UnlikeError:
             return
         guards = [guard for guard in output.guards if under(guard.originating_source)]
@@ -155,9 +148,9 @@ class Call(Generic[N]):
         if type(variable) in (TupleVariable, ListVariable):
             return type(variable), *map(self._walk, unpack_iterable(self._tx, variable))
         if type(variable) is ConstantVariable:
-            return _told(variable.value)
+            return told(variable.value)
         if type(variable) is SymNodeVariable:
-            return _told(variable.sym_num)
+            return told(variable.sym_num)
         if type(variable) is UserFunctionVariable:
             return Same(variable.get_function())
         if type(variable) is TorchInGraphFunctionVariable:
@@ -197,7 +190,7 @@ class Call(Generic[N]):
 
     def _counterparts(self, known: _Known) -> list[Proxy]:
         known.call._around.equal(self._around)
-        same = _Same()
+        same = Likeness()
         for old, new in zip(known.call._values, self._values, strict=True):
             same(old, new)
         moves = {old: new for old, new in zip(known.call._sources, self._sources, strict=True) if old and new}
@@ -206,7 +199,7 @@ class Call(Generic[N]):
         def moved(source: Source) -> Source:
             if source in moves:
                 return moves[source]
-            parts = {name: moved(part) for name, part in _parts(source)}
+            parts = {name: moved(part) for name, part in sources.parts(source)}
             if all(part is getattr(source, name) for name, part in parts.items()):
                 return source
             return dataclasses.replace(source, **parts)
@@ -214,8 +207,8 @@ class Call(Generic[N]):
         guards = []
         for guard in known.guards:
             there = moved(guard.originating_source)
-            guards.append((_moved(guard, there), there))
-            if guard.create_fn_name() not in _BY_VALUE:
+            guards.append((sources.moved(guard, there), there))
+            if guard.create_fn_name() not in sources.BY_VALUE:
                 same.identical(known.call._resolved(guard.originating_source), self._resolved(there))
         # From here on the frame changes, as it would by reading.
         proxies = [self._proxy(moved(origin) if isinstance(origin, Source) else origin) for origin in known.inputs]
@@ -293,142 +286,3 @@ class _Around:
         """The other is the same; both hold now what they held when they were made."""
         if not self.torch.check() or list(map(id, self.contexts)) != list(map(id, other.contexts)):
             raise UnlikeError
-
-
-class _Same:
-    """Two structures of values as one and the same, piece by piece; what is shared in one is shared in the other."""
-
-    def __init__(self) -> None:
-        self._pairs: dict[int, object] = {}
-        self._taken: set[int] = set()
-
-    def __call__(self, old: object, new: object) -> None:
-        if type(old) is not type(new):
-            raise UnlikeError
-        if type(old) in _CONSTANTS:
-            _equal(old, new)
-            return
-        if id(old) in self._pairs:
-            self.identical(self._pairs[id(old)], new)
-            return
-        if id(new) in self._taken:
-            raise UnlikeError
-        self._pairs[id(old)] = new
-        self._taken.add(id(new))
-        if isinstance(old, torch.Tensor):
-            _equal(_told(old), _told(new))
-            if not isinstance(old, FakeTensor):
-                self._parts(vars(old), vars(new))
-                if old.is_leaf:
-                    self(old.grad, cast("torch.Tensor", new).grad)
-        elif isinstance(old, torch.nn.Module) and type(old).__basicsize__ == torch.nn.Module.__basicsize__:
-            self._parts(vars(old), vars(new))
-        elif type(old) in _CONTAINERS:
-            self._parts(old, new)
-        else:
-            self.identical(old, new)
-
-    def _parts(self, old: object, new: object) -> None:
-        parts = _items(old), _items(new)
-        if len(parts[0]) != len(parts[1]):
-            raise UnlikeError
-        for pair in zip(*parts, strict=True):
-            self(*pair)
-
-    def identical(self, old: object, new: object) -> None:
-        """Both are one object."""
-        if old is not new:
-            raise UnlikeError
-
-
-def _items(container: object) -> list[object]:
-    if isinstance(container, dict):
-        return [part for item in container.items() for part in item]
-    if isinstance(container, (set, frozenset)):
-        return list[object](sorted(map(_told, container)))
-    return list(cast("Iterable[object]", container))
-
-
-def _refuse_identity(value: object) -> None:
-    """What is looked up outside of a call's own must not know the call's objects."""
-    if type(value) in _CONTAINERS:
-        for part in _items(value):
-            _refuse_identity(part)
-    elif type(value) not in _CONSTANTS and not isinstance(value, _CODE):
-        raise UnlikeError
-
-
-def is_constant(value: object) -> bool:
-    """Whether this is a value of a type that holds nothing else."""
-    return type(value) in _CONSTANTS
-
-
-def equal(old: object, new: object) -> bool:
-    """Whether two constants, symbols or tensors say the same of themselves."""
-    try:
-        return _told(old) == _told(new)
-    except UnlikeError:
-        return False
-
-
-def _equal(old: object, new: object) -> None:
-    if _told(old) != _told(new):
-        raise UnlikeError
-
-
-def _told(value: object) -> str:
-    """What a constant, a symbol or a tensor says of itself."""
-    if type(value) in _CONSTANTS or isinstance(value, sizes.SYMBOLIC):
-        return f"{type(value).__name__} {value!r}"
-    if type(value) not in _TENSORS:
-        raise UnlikeError
-    x = cast("torch.Tensor", value)
-    if x.layout is not torch.strided or vars(x).get("_item_memo") is not None:
-        raise UnlikeError
-    where = (*x.shape, "", *x.stride(), "", x.device, x.dtype)
-    return " ".join(map(str, (type(x).__name__, *where, x.requires_grad, x.is_leaf)))
-
-
-_CONSTANTS = (
-    *(type(None), bool, int, float, complex, str, bytes, type(...), range, slice),
-    *(torch.dtype, torch.device, torch.layout, torch.memory_format),
-)
-_CONTAINERS = (dict, OrderedDict, list, tuple, set, frozenset, torch.Size)
-_TENSORS = (torch.Tensor, torch.nn.Parameter, FakeTensor)
-_CODE = (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, torch._ops.OpOverloadPacket)
-_BY_VALUE = frozenset(
-    {
-        *("TYPE_MATCH", "TENSOR_MATCH", "CONSTANT_MATCH", "EQUALS_MATCH", "BOOL_MATCH", "NONE_MATCH", "HASATTR"),
-        *("DICT_CONTAINS", "DICT_NOT_CONTAINS", "DICT_KEYS_MATCH", "SEQUENCE_LENGTH", "NOT_PRESENT_IN_GENERIC_DICT"),
-        "EMPTY_NN_MODULE_HOOKS_DICT",
-    }
-)
-"""Guards that say nothing of which object it is."""
-
-
-def _plain(source: Source) -> Source:
-    """A source without what is said of modules: attributes are looked up with it, and without."""
-    return _plain(source.base) if isinstance(source, UnspecializedNNModuleSource) else source
-
-
-def _parts(source: Source) -> Iterator[tuple[str, Source]]:
-    """The sources that a source is made of, by field."""
-    for name in getattr(source, "__dataclass_fields__", ()):
-        part = getattr(source, name)
-        if isinstance(part, Source):
-            yield name, part
-
-
-def _moved(guard: Guard, source: Source) -> Guard | None:
-    """The guard at another place. None: of a tensor, which has its guard from where it is looked up."""
-    fn: Callable[..., object] = guard.create_fn
-    if source == guard.originating_source:
-        return guard
-    if isinstance(fn, functools.partial):
-        if fn.func is GuardBuilder.TENSOR_MATCH:
-            return None
-        if fn.args or any(type(value) not in _CONSTANTS for value in fn.keywords.values()):
-            raise UnlikeError
-    new = source.make_guard(fn)
-    new.stack, new.user_stack = guard.stack, guard.user_stack
-    return new

@@ -230,12 +230,15 @@ def computed(tensor: torch.Tensor) -> torch.Tensor:
 _PAST_INPUTS = torch._C._functions.DelayedError("a backward inside a subgraph goes on to what its inputs came from", 1)
 
 
+NOT_IMPLEMENTED = "Autograd not implemented for {}"
+
+
 def raise_in_backward(op: str) -> Callable[[object], object]:
     """A function of an op's outputs: it replaces every floating-point tensor by one whose backward raises.
 
     As ``autograd_not_implemented`` with a deferred error does, in its words (torch/_higher_order_ops/utils.py).
     """
-    error = torch._C._functions.DelayedError(f"Autograd not implemented for {op}", 1)
+    error = torch._C._functions.DelayedError(NOT_IMPLEMENTED.format(op), 1)
 
     def mark(tensor: torch.Tensor) -> torch.Tensor:
         tensor = tensor.detach()

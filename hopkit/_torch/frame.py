@@ -16,6 +16,7 @@ from typing import NoReturn, Protocol, TypeAlias, cast
 import torch
 from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.exc import Unsupported, unimplemented
+from torch._dynamo.output_graph import SubgraphTracer
 from torch._dynamo.symbolic_convert import InstructionTranslatorBase
 from torch._dynamo.utils import _make_inlined, unpack_iterable
 from torch._dynamo.variables import (
@@ -32,7 +33,7 @@ from torch._guards import TracingContext
 from torch.fx import Graph, GraphModule, Node, Proxy
 from torch.utils import _pytree as pytree
 
-from hopkit._torch import alike, equal, sizes, trees
+from hopkit._torch import alike, equal, likeness, sizes, trees
 from hopkit._torch.autograd import computed
 from hopkit._torch.fakes import FakeMode, left, like, run_in_mode, stand_in
 
@@ -98,11 +99,11 @@ class Written:
 
     def repeatable(self, mode: FakeMode) -> bool:
         """Whether new stand-ins say all of what it gives, which is computed and nobody else's."""
-        plain = all(isinstance(leaf, int) or alike.is_constant(leaf[0]) for leaf in self.leaves)
+        plain = all(isinstance(leaf, int) or likeness.is_constant(leaf[0]) for leaf in self.leaves)
         known = all(isinstance(x, torch.Tensor) and not any(map(sizes.unbacked, x.shape)) for x in self.examples)
         if not plain or not known:
             return False
-        return all(map(alike.equal, self.likes(mode), self.examples))
+        return all(map(likeness.equal, self.likes(mode), self.examples))
 
 
 class Frame:
@@ -142,7 +143,7 @@ class Frame:
         """
         try:
             self._call = alike.Call(self._tx, self.target, self.args, self.kwargs)
-        except alike.UnlikeError:
+        except likeness.UnlikeError:
             return None
         found = self._call.found()
         if found is None or any(self._tx.output.nn_modules.get(name) is not graph for name, graph in found[0].graphs):
@@ -220,6 +221,7 @@ class Frame:
         tx = self._tx
         leaves, tree = trees.flatten(called)
         numbers = {id(x): number for number, x in enumerate(inputs)}
+        numbered = inputs
         with left(self._mode):
             inputs = [self._example(x) if isinstance(x, torch.Tensor) else x for x in inputs]
             made = self._made(inputs)
@@ -228,26 +230,52 @@ class Frame:
                 extra = [self._input(cast("torch.Tensor", inputs[i]).shape[dim]) for i, dim in made]
                 taken = list(map(self._input, inputs))
                 places = [numbers[id(x)] if isinstance(x, _INPUTS) else self._constant(x) for x in leaves]
-            (_, spec), graph, lifted = hops.speculate_subgraph(
-                tx,
-                _Call(subgraph, tree, places, len(extra), self._call),
-                [*extra, *taken],
-                {},
-                name,
-                set_subgraph_inputs="manual",
-                should_flatten_outputs=True,
-                supports_input_mutation=True,
-                supports_aliasing=True,
-            )
+            try:
+                (_, spec), graph, lifted = hops.speculate_subgraph(
+                    tx,
+                    _Call(subgraph, tree, places, len(extra), self._call),
+                    [*extra, *taken],
+                    {},
+                    name,
+                    set_subgraph_inputs="manual",
+                    should_flatten_outputs=True,
+                    supports_input_mutation=True,
+                    supports_aliasing=True,
+                )
+            finally:
+                first_seen = self._keep_floats()
             self._mode.epoch += 1
+        if first_seen:  # each graph takes them from outside
+            return self.read(name, subgraph, called, numbered)
         for proxy in lifted:
             self._proxies.setdefault(identity(proxy.node.meta["example_value"]), proxy)
+        _drop_decided(graph)
         run = GraphModule(dict(tx.output.nn_modules), graph)
         told = zip(spec.masks_to_filter_const_values or (), spec.const_values or (), strict=True)
         gives = tuple((constant,) if is_constant else None for is_constant, constant in told)
         tree = cast("Variable", spec.treespec).as_python_constant()
         captured = tuple(proxy.node.meta["example_value"] for proxy in lifted)
         return Read(graph, run, len(inputs), made, captured, (tree, gives))
+
+    def _keep_floats(self) -> bool:
+        """Take the floats that Dynamo saw first in a subgraph, and knows there alone, from where the call is.
+
+        With ``dynamic=True`` a float that may change is the one number of a tensor, an input of Dynamo's graph.
+        """
+        output, moved = self._tx.output, False
+        around, tracer = list[SubgraphTracer](), cast("SubgraphTracer | None", output.current_tracer)
+        while tracer is not None:
+            around.append(tracer)
+            tracer = tracer.parent
+        tensors = output.unspec_variable_map
+        for source, variable in list(output.variable_tracker_cache.items()) if tensors else ():
+            tensor = tensors.get(source.name)
+            found = variable.realize() if tensor and variable.is_realized() else None
+            if tensor and isinstance(found, SymNodeVariable) and found.proxy.tracer not in around:
+                item = output.create_proxy("call_method", "item", (tensor.as_proxy(),), {})
+                found.proxy = wrap_fx_proxy(self._tx, item, example_value=found.sym_num).as_proxy()
+                moved = True
+        return moved
 
     def close(self, read: Read, captured: Sequence[object]) -> GraphModule:
         """What was read as a graph of its arguments and of just these captured values, in this order.
@@ -475,6 +503,15 @@ _equal: weakref.WeakKeyDictionary[TracingContext, dict[object, tuple[str, GraphM
 def identity(value: object) -> object:
     """What a stand-in, or a symbolic number, is looked up by."""
     return id(value) if isinstance(value, torch.Tensor) else str(value)
+
+
+def _drop_decided(graph: Graph) -> None:
+    """Drop what code has decided on, of which Dynamo has a guard: it may be of a size or a number from elsewhere."""
+    for node in reversed(graph.nodes):
+        value = node.meta.get("example_value")
+        known = isinstance(value, sizes.SYMBOLIC) and not sizes.unbacked(value)
+        if known and not node.users and node.op != "placeholder":
+            graph.erase_node(node)
 
 
 def _split(nodes: Sequence[Node], *counts: int) -> Iterator[Sequence[Node]]:

@@ -1,4 +1,4 @@
-"""A call back into Python, as an operator that compilers know how to call: for what they cannot inline.
+"""Operators of torch.library that compilers know how to call, for what they cannot inline: Python, and an error.
 
 ``hopkit::call`` is an ordinary operator of torch.library. Its ``effect`` twin is never removed, and keeps its order
 (torch/_higher_order_ops/effects.py, 2.13 and 2.14; if that is gone, calls that have an effect are refused).
@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from typing import cast
 
 import torch
+
+from hopkit._torch.autograd import NOT_IMPLEMENTED
 
 Run = Callable[[Sequence[object]], Sequence[torch.Tensor]]
 
@@ -64,6 +66,27 @@ def _like(
 for _name in ("call", "call_with_effect"):
     _library.impl(_name, _run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"hopkit::{_name}", _like, lib=_library)
+
+
+_library.define("raise_in_backward(str op, Tensor input, Tensor[] gradients) -> Tensor")
+
+
+def raises_when_run(op: str, input: torch.Tensor, gradients: Sequence[torch.Tensor]) -> torch.Tensor:
+    """A gradient of ``input`` that is computed of ``gradients``, as far as a compiler sees. Who runs it is told.
+
+    Gradients of zeros give zeros: AOTAutograd has them for outputs that no gradient was asked of.
+    """
+    return cast("torch.Tensor", torch.ops.hopkit.raise_in_backward(op, input, list(gradients)))
+
+
+def _raise(op: str, input: torch.Tensor, gradients: Sequence[torch.Tensor]) -> torch.Tensor:
+    if any(gradient.count_nonzero() for gradient in gradients):
+        raise RuntimeError(NOT_IMPLEMENTED.format(op))
+    return torch.zeros_like(input)
+
+
+_library.impl("raise_in_backward", _raise, "CompositeExplicitAutograd")
+torch.library.register_fake("hopkit::raise_in_backward", lambda _op, x, _gradients: torch.empty_like(x), lib=_library)
 
 
 def _ordered() -> None:

@@ -219,8 +219,9 @@ def cut(joint: Joint) -> Cut:
     from torch._functorch.partitioners import min_cut_rematerialization_partition
 
     # A view that is saved would be an output of the op.
-    with outside_modes(), config.patch(recompute_views=True):
+    with outside_modes(), config.patch(recompute_views=True), _floats_saved(joint.graph) as graphs:
         forward, backward = min_cut_rematerialization_partition(joint.graph, None, num_fwd_outputs=joint.outputs)
+        graphs += [forward, backward]
     computed = _outputs(forward)
     kept = {node.name: node for node in filter(None, computed[joint.outputs :])}
     taken = [node.name for node in backward.graph.find_nodes(op="placeholder")]
@@ -239,6 +240,25 @@ def cut(joint: Joint) -> Cut:
         _piece(forward, [*computed[: joint.outputs], *(kept[name] for name in saved)]),
         _piece(backward, _outputs(backward)),
     )
+
+
+@contextlib.contextmanager
+def _floats_saved(module: GraphModule) -> Iterator[list[GraphModule]]:
+    """Inside, symbolic floats among the inputs pass for integers: torch saves no float, for each of its own is the one
+    number of a tensor. Gives the graphs in which they are floats again afterwards.
+    """
+    graphs, inputs = [module], {node.name: node.meta.get("val") for node in module.graph.find_nodes(op="placeholder")}
+    floats = {name: value for name, value in inputs.items() if isinstance(value, torch.SymFloat)}
+
+    def tell(values: Mapping[str, object]) -> None:
+        for node in (node for graph in graphs for node in graph.graph.nodes if node.name in values):
+            node.meta["val"] = values[node.name]
+
+    tell({name: torch.sym_int(value) for name, value in floats.items()})
+    try:
+        yield graphs
+    finally:
+        tell(floats)
 
 
 def again(cut: Cut, joint: Joint) -> Piece | None:

@@ -20,6 +20,7 @@ from hopkit._torch.autograd import (
     versions,
 )
 from hopkit._torch.checkpoint import uncounted
+from hopkit._torch.library import raises_when_run
 from hopkit._torch.partition import OutsideError
 from hopkit._torch.state import recording_ahead
 from hopkit.call import Call
@@ -39,6 +40,7 @@ __all__ = [
     "needs_gradient",
     "no_gradient",
     "raise_in_backward",
+    "raises_when_run",
     "recording_ahead",
     "uncounted",
     "versions",

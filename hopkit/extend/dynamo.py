@@ -17,7 +17,7 @@ from hopkit._torch.autograd import needs_gradient
 from hopkit._torch.state import foreign, transforming
 from hopkit.call import Call
 from hopkit.codec import Slot
-from hopkit.errors import CaptureError, HopkitError
+from hopkit.errors import HopkitError
 from hopkit.layout import Meta, arguments
 from hopkit.probe import Graph, Unrecordable
 from hopkit.record import Recorder, Recording
@@ -61,8 +61,9 @@ def record(frame: Frame, op: OpSpec) -> Variable:
         if transforming() and any(map(foreign, recorder.inputs)):
             return frame.inlined()  # a tensor subclass sees the inside there, as in eager
         recording = recorder.record(digest)
-        if op.autograd == "deferred_error" and needs_gradient(recording.inputs) and not torch.compiler.is_exporting():
-            return frame.inlined()  # AOTAutograd would drop the error, and with it the gradient
+        deferred = op.autograd == "deferred_error" and torch.is_grad_enabled() and not torch.compiler.is_exporting()
+        if deferred and (transforming() or (op.mutates and needs_gradient(recording.inputs))):
+            return frame.inlined()  # nobody would raise the error there, and the gradient would be lost
         return _write(frame, op, values, recording)
     except Unrecordable as reason:
         told.complain()
@@ -86,41 +87,12 @@ def _record_node(frame: Frame, op: OpSpec) -> Variable:
         target, values = cast("Operator", frame.target), tuple(trees.leaves(frame.value(inputs)))
         call = Call(op, target, tuple(read), values, constants, dataclasses.replace(known, digest=target.digest()))
         found = [subgraph.read(example, {}) for subgraph, example in zip(read, call.examples, strict=True)]
-        call = _widened(call, [graph.tensors for graph in found])
+        call = call.capturing([graph.tensors for graph in found])  # what a graph holds itself Dynamo makes an input
         closed = [frame.close(graph, graph.tensors) for graph in found]
         return frame.emit(dict(zip(closed, call.graph_names(), strict=True)), closed, call.inputs, call.keywords)
     except (HopkitError, LookupError, NotImplementedError) as error:
         told.complain()
         frame.refuse(f"a node of op '{op.name}'", error)
-
-
-def _widened(call: Call, held: Sequence[Sequence[torch.Tensor]]) -> Call:
-    """``call``, with the tensors that each graph holds itself among its captures: Dynamo makes inputs of them.
-
-    Raises:
-        CaptureError: It is a derivative, whose inputs go by their numbers.
-    """
-    assert call.layout is not None
-    known, inputs, captures = call.layout, list(call.inputs), list[tuple[int, ...]]()
-    for tensors in held:
-        captures.append(tuple(range(len(inputs), len(inputs) + len(tensors))))
-        inputs.extend(tensors)
-    if known.transforms and any(held):
-        raise CaptureError(
-            f"a derivative of op '{call.op.name}'",
-            "is a node whose graph holds a tensor of its own",
-            why="Dynamo makes it an input, and the inputs of a derivative go by their numbers",
-            todo="Compile the function that was recorded, in place of its graph",
-        )
-    subgraphs = {
-        name: tuple(
-            tuple(dataclasses.replace(v, captures=(*v.captures, *captures[v.graph])) for v in variants)
-            for variants in many
-        )
-        for name, many in known.subgraphs.items()
-    }
-    metas = (*known.metas, *map(Meta.of, inputs[len(call.inputs) :]))
-    return call.replace(inputs=inputs, layout=dataclasses.replace(known, subgraphs=subgraphs, metas=metas))
 
 
 class _Told:

@@ -33,23 +33,16 @@ def trace(tracer: Tracer, name: str, graph: GraphLike, examples: Sequence[object
 def lifted(tracer: Tracer, call: Call) -> Call:
     """``call`` with the constants of its graphs, such as a tensor that a subgraph makes, as inputs: so it can be saved.
 
-    A node that has no layout, or is a transform of its op, stays as it is.
+    A node that has no layout stays as it is.
     """
-    if call.layout is None or call.transformed:
+    if call.layout is None:
         return call
-    inputs = list(call.inputs)
-    added: list[tuple[int, ...]] = []
-    for graph in call.graphs:
-        constants = tracer.lift(graph) if isinstance(graph, GraphModule) else ()
-        added.append(tuple(range(len(inputs), len(inputs) + len(constants))))
-        inputs.extend(constants)
-    metas = tuple(map(Meta.of, inputs[len(call.inputs) :]))
-    return call.replace(inputs=inputs, layout=call.layout.capturing(added, metas)) if metas else call
+    return call.capturing([tracer.lift(graph) if isinstance(graph, GraphModule) else () for graph in call.graphs])
 
 
 def node(tracer: Tracer, call: Call, *, gives: Call | None = None) -> object:
     """Write ``call``, whose graphs are submodules of the graph, as one node; gives its outputs, those of ``gives``."""
-    outputs = (gives or call)()
     if torch.compiler.is_exporting():
         call = lifted(tracer, call)
+    outputs = (gives or call)()
     return tracer.emit(call.target, (*call.graphs, call.nested), call.keywords, outputs)

@@ -27,6 +27,7 @@ from hopkit.extend.autograd import (
     needs_gradient,
     no_gradient,
     raise_in_backward,
+    raises_when_run,
     recording_ahead,
     uncounted,
     versions,
@@ -141,6 +142,20 @@ class Untold(Derived):
         )
 
 
+class Deferred(Derived):
+    """The op as one step of the tape, in a graph with its backward: that raises, and not who records it."""
+
+    constant = ()
+
+    def backward(
+        self, saved: tuple[object, ...], gradients: tuple[torch.Tensor | None, ...]
+    ) -> Sequence[torch.Tensor | None]:
+        """Gradients that nobody gets to see."""
+        given = [gradient for gradient in gradients if gradient is not None]
+        name = self._call.op.name
+        return [raises_when_run(name, cast("torch.Tensor", v), given) if needs(v) else None for v in saved]
+
+
 class Divided(Derived):
     """The op as one step of the tape, in two halves: backward has what forward computed."""
 
@@ -198,6 +213,8 @@ def deferred_error(call: Call) -> object:
         return call.run()
     if not needs_gradient(call.inputs):
         return below(call)
+    if recording_ahead() and call.layout is not None and not call.written:
+        return apply(Deferred(call), call.inputs)
     # What is written to is no output: it has its gradient, as in eager.
     return raise_in_backward(call.op.name)(call.run() if call.written else below(call))
 

@@ -22,8 +22,10 @@ def hopkit_functionalize_rule(op: OpSpec) -> Rule:
 
 def functionalize(layer: Functionalizer, call: Call) -> object:
     """Call the op below functionalization, on plain tensors and pure subgraphs."""
-    if torch.compiler.is_exporting() and not call.part and call.rehearsal.writing:
-        return in_place(layer, call)  # torch.export takes no graph that writes to what it is given
+    if torch.compiler.is_exporting() and not call.part and any(call.rehearsal.writing):
+        # torch.export takes no graph that writes to what it is given.
+        giving = call.giving()
+        return in_place(layer, call) if giving is None else functionalize(layer, giving)
     if call.written:
         return writing(layer, call)
     if call.op.effectful and (found := in_order(layer, call)) is not None:

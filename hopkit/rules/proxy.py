@@ -21,4 +21,4 @@ def record(tracer: Tracer, call: Call) -> object:
     recorded = call.replace(graphs=graphs)
     # Above autograd, which comes after this: a traced graph does not tell of a derivative that is not its own.
     told = not (tracer.above_autograd and needs_gradient(call.inputs) and call.layout and call.unseen)
-    return node(tracer, recorded, gives=recorded if told else call)
+    return node(tracer, recorded, gives=None if told else call)
