@@ -222,8 +222,9 @@ def _vjp_inside_transforms(
         outputs = run([changed.get(i, primal) for i, primal in enumerate(primals)])
         return tuple(outputs[i] for i in given)
 
-    _, pull, *_ = torch.func.vjp(chosen, *(primals[i] for i in wrt))
-    return cast("tuple[object, ...]", pull(tuple(gradients)))
+    with unhooked():  # torch.func works in no checkpoint
+        _, pull, *_ = torch.func.vjp(chosen, *(primals[i] for i in wrt))
+        return cast("tuple[object, ...]", pull(tuple(gradients)))
 
 
 def _sized(gradient: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

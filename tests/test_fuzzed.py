@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.checkpoint import checkpoint
 
 import hopkit
 from hopkit import Subgraph
@@ -435,3 +436,22 @@ def test_dual_numbers_without_gradients_inside_a_derivative() -> None:
         return lambda x: torch.func.vjp(lambda x: record(tangent, x)(x) * x, x)[1](x)[0]
 
     same(pulled(lambda x: op(torch.sin, x))(T), pulled(torch.sin)(T))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script", "ignore:Attempted to insert a get_attr")  # torch's own
+def test_a_second_derivative_in_a_checkpoint_that_is_linearized() -> None:
+    op = define_once()
+
+    def curved(f: Called) -> Called:
+        def run(x: Tensor) -> Tensor:
+            leaf = x.detach().requires_grad_()
+            (first,) = torch.autograd.grad(f(leaf).sum(), leaf, create_graph=True)
+            return torch.autograd.grad(first.sin().sum(), leaf)[0]
+
+        return run
+
+    def moved(f: Called) -> Tensor:
+        value, push = torch.func.linearize(lambda x: checkpoint(curved(f), x, use_reentrant=False) + x, T)
+        return cast("Tensor", value + push(T))
+
+    same(moved(lambda x: op(torch.sin, x)), moved(torch.sin))
