@@ -326,7 +326,7 @@ class Call:
             handwritten = custom_backward(trees.leaves(outputs))
             examples = tuple(self._example(index, calls, fakes, stage) for index, calls in seen.items())
             # What was rehearsed is then the op itself, and not what a transform made of it.
-            unknown = self.transformed and self.op.inputs is not None
+            unknown = self.transformed and self.op.stood_for
             reached = None if unknown else tuple(sources(output, fakes) for output in trees.leaves(outputs))
             written = frozenset(i for i in declared if watch.wrote_to(cast("torch.Tensor", fakes[i])))
         opaque = handwritten or next(filter(None, told), "") or watch.opaque
@@ -368,7 +368,7 @@ class Call:
 
     def like_body(self) -> object:
         """What the call gives, on stand-ins. An op that decides on values declares it: ``inputs=`` and ``outputs=``."""
-        if self.op.inputs is None or self.part:
+        if not self.op.stood_for or self.part:
             return self.run()
 
         def declared(*args: object, **kwargs: object) -> object:

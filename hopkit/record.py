@@ -35,7 +35,7 @@ from hopkit.errors import (
 from hopkit.layout import KEYWORD, Layout, Meta, Slots, Variant, fill, parameter_of
 from hopkit.origin import origin
 from hopkit.probe import Graph, Probe, Unrecordable, Unrehearsable, identity, variable_name
-from hopkit.spec import Kind, OpSpec
+from hopkit.spec import Kind, OpSpec, Parameter
 
 
 @dataclasses.dataclass(frozen=True)
@@ -429,45 +429,44 @@ def _outputs(spec: OpSpec, given: object) -> object:
     return given
 
 
-class _Known:
-    """A subgraph that was run on an example, for ``outputs=``: on the same arguments it is not run again.
-
-    Otherwise ops within ops would run the innermost twice as often per level.
-    """
-
-    def __init__(self, function: Callable[..., object], example: Sequence[object], result: object) -> None:
-        self._function, self._example, self._result = function, example, result
-
-    def __call__(self, /, *args: object, **kwargs: object) -> object:
-        given, known = trees.leaves([args, kwargs]), trees.leaves(list(self._example))
-        same = len(given) == len(known) and all(a is b for a, b in zip(given, known, strict=True))
-        return self._result if same else self._function(*args, **kwargs)
+_CALLED = (Kind.SUBGRAPH, Kind.SUBGRAPHS)
 
 
-def _in_place_of(spec: OpSpec, values: Mapping[str, object], known: Sequence[_Known]) -> dict[str, object]:
-    """The subgraphs by parameter, as ``known`` has them one after the other."""
-    rest = iter(known)
-    return {
-        p.name: tuple(next(rest) for _ in subgraphs(p.name, values[p.name])) if p.kind is Kind.SUBGRAPHS else next(rest)
-        for p in spec.of_kind(Kind.SUBGRAPH, Kind.SUBGRAPHS)
-    }
+def _each(
+    parameter: Parameter, value: object, change: Callable[[Callable[..., object]], Callable[..., object]]
+) -> object:
+    changed = tuple(change(f) for _, f in subgraphs(parameter.name, value))
+    return changed if parameter.kind is Kind.SUBGRAPHS else changed[0]
+
+
+def _noted(function: Callable[..., object], results: list[object]) -> Callable[..., object]:
+    def noting(*args: object, **kwargs: object) -> object:
+        results.append(function(*args, **kwargs))
+        return results[-1]
+
+    return noting
 
 
 def run_or_examples(spec: OpSpec, values: Mapping[str, object]) -> object:
-    """The body's result on stand-ins; where ``inputs=`` is declared, the subgraphs are called as it says."""
+    """The body's result on stand-ins. Where ``inputs=`` is declared, subgraphs are called as it says, and ``outputs=``
+    gives the result; ``abstract=`` does both."""
     args, kwargs = spec.arguments(values)
-    if spec.inputs is not None:
+    if spec.stood_for:
         operands = trees.leaves([values[p.name] for p in spec.of_kind(Kind.OPERAND)])
         for operand in operands:
             if isinstance(operand, torch.Tensor):
                 torch.numel(operand)  # the body uses it; a recording that this call is part of must know
-        called = [f for p in spec.of_kind(Kind.SUBGRAPH, Kind.SUBGRAPHS) for _, f in subgraphs(p.name, values[p.name])]
-        examples = _examples(spec, len(called), args, kwargs)
-        results = [function(*example) for function, example in zip(called, examples, strict=True)]
+        results: list[object] = []
+        if spec.abstract is not None:
+            noting = {p.name: _each(p, values[p.name], lambda f: _noted(f, results)) for p in spec.of_kind(*_CALLED)}
+            args, kwargs = spec.arguments({**values, **noting})
+        else:
+            called = [f for p in spec.of_kind(*_CALLED) for _, f in subgraphs(p.name, values[p.name])]
+            examples = _examples(spec, len(called), args, kwargs)
+            results.extend(function(*example) for function, example in zip(called, examples, strict=True))
         if spec.outputs is not None:
-            known = [_Known(f, example, result) for f, example, result in zip(called, examples, results, strict=True)]
-            args, kwargs = spec.arguments({**values, **_in_place_of(spec, values, known)})
-            return tied(_outputs(spec, spec.outputs(*args, **kwargs)), [*operands, *trees.leaves(results)])
+            outputs = _outputs(spec, spec.outputs(*args, **kwargs))
+            return tied(outputs, [*operands, *trees.leaves(results)])
     try:
         return spec.body(*args, **kwargs)
     except Exception as error:
@@ -478,5 +477,5 @@ def run_or_examples(spec: OpSpec, values: Mapping[str, object]) -> object:
             f"cannot be recorded: its body decides on a tensor's value ({str(error).splitlines()[0]})",
             why="while a graph is recorded, tensors have shapes and no values",
             todo="Give define both `inputs=lambda ...: (args_of_first_subgraph, args_of_second, ...)` and "
-            "`outputs=lambda ...: example_result`",
+            "`outputs=lambda ...: example_result`, or `abstract=` for both at once",
         ) from error

@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from typing import TypeVar, cast
 
 import torch
 
 import hopkit
-from hopkit.extend.body import flatten, leaves, map_leaves, unflatten, versions
+from hopkit.extend.body import flatten, is_recorded, leaves, map_leaves, on_stand_ins, unflatten, versions
 
 T = TypeVar("T")
+
+
+def listed(who: str, value: T) -> T:
+    """``value``, which is passed as several arguments.
+
+    Raises:
+        hopkit.CallError: It is no tuple or list.
+    """
+    if not isinstance(value, (tuple, list)):
+        raise hopkit.CallError(
+            who, f"expected a tuple, got {_told(value)}", why="each of it is an argument", todo="Write `(x,)` for one"
+        )
+    return value
 
 
 def predicate(who: str, value: T) -> T:
@@ -38,10 +52,10 @@ def alike(op: str, name: str, got: T, other: str, want: object) -> T:
         hopkit.SubgraphError: They differ in structure, or in a leaf's shape, dtype or device.
     """
     (found, tree), (wanted, wanted_tree) = flatten(got), flatten(want)
-    pairs = zip(map(_told, found), map(_told, wanted), strict=False)
-    differ = next(((a, b) for a, b in pairs if a != b), None)
     if tree != wanted_tree:
-        differ = _shown(got), _shown(want)
+        differ: tuple[str, str] | None = (_shown(got), _shown(want))
+    else:
+        differ = next(((_told(a), _told(b)) for a, b in zip(found, wanted, strict=True) if _kind(a) != _kind(b)), None)
     if differ is not None:
         raise hopkit.SubgraphError(
             f"subgraph '{name}' of op '{op}'",
@@ -52,6 +66,10 @@ def alike(op: str, name: str, got: T, other: str, want: object) -> T:
     return got
 
 
+def _kind(leaf: object) -> object:
+    return (leaf.shape, leaf.dtype, leaf.device) if isinstance(leaf, torch.Tensor) else leaf
+
+
 def _told(leaf: object) -> str:
     if not isinstance(leaf, torch.Tensor):
         return f"the {type(leaf).__name__} {leaf}"
@@ -60,6 +78,32 @@ def _told(leaf: object) -> str:
 
 def _shown(value: object) -> str:
     return f"the structure {map_leaves(lambda _: '*', value)}".replace("'*'", "*")
+
+
+def agreed(functions: Sequence[Callable[..., object]], operands: Sequence[object], both: Callable[[], object]) -> None:
+    """In plain eager, where one of ``functions`` is going to run, check that they agree: once for their code.
+
+    Raises:
+        hopkit.SubgraphError: As ``both`` does, which calls all of them on ``operands``.
+    """
+    if all(map(is_recorded, functions)):
+        return
+    key = (*map(_code, functions), *map(_kind, leaves(list(operands))))
+    if key not in _agreed:
+        try:
+            on_stand_ins(both)
+        except hopkit.SubgraphError:
+            raise
+        except Exception:  # it needs values, or is wrong in itself: if it is the one that runs, it says so
+            return
+        _agreed.add(key)
+
+
+_agreed: set[object] = set()
+
+
+def _code(function: Callable[..., object]) -> object:
+    return getattr(function, "__code__", None) or weakref.ref(function)
 
 
 def chosen(decides: torch.Tensor, yes: T, no: T) -> T:
@@ -74,19 +118,23 @@ def start(carry: T) -> T:
     return map_leaves(lambda leaf: torch.as_tensor(leaf) if isinstance(leaf, (int, float)) else leaf, carry)
 
 
-def unwritten(who: str, tensors: Sequence[object], before: Sequence[int]) -> None:
-    """Check that nobody has written to ``tensors`` since `versions` of them were ``before``.
+def called(op: str, name: str, function: hopkit.Subgraph[T], *args: object) -> T:
+    """``function(*args)``.
 
     Raises:
-        hopkit.SubgraphError: Somebody has.
+        hopkit.SubgraphError: It writes to what it is given.
     """
-    if versions(tensors) != list(before):
+    given = leaves(list(args))
+    before = versions(given)
+    result = function(*args)
+    if versions(given) != before:
         raise hopkit.SubgraphError(
-            who,
+            f"subgraph '{name}' of op '{op}'",
             "writes to what it is given",
-            why="that is the state of the step before, or the caller's own tensor",
-            todo="Write to a copy: `state = state.clone()`",
+            why="that is the caller's own tensor, or the state of the step before",
+            todo="Write to a copy: `x = x.clone()`",
         )
+    return result
 
 
 def shapes(result: T) -> T:

@@ -7,8 +7,8 @@ from typing import Literal, TypeVar, cast
 import torch
 
 import hopkit
-from hopkit.extend.body import flatten, leaves, map_leaves, own, unflatten, versions
-from hopkit_controlflow.agreement import alike, shapes, unwritten
+from hopkit.extend.body import flatten, leaves, own, unflatten
+from hopkit_controlflow.agreement import alike, called, shapes
 from hopkit_controlflow.sequences import Along
 
 NAME = "controlflow_associative_scan"
@@ -34,22 +34,19 @@ def samples() -> list[hopkit.Sample]:
     ]
 
 
-def _inputs(
-    combine_fn: object, xs: X, dim: int, reverse: bool = False, combine_mode: Mode = "pointwise"
-) -> tuple[tuple[X, X]]:
-    example = Along(NAME, "xs", xs, dim).example()
-    return ((example, map_leaves(_zeros, example)),)
-
-
-def _shapes(
+def _abstract(
     combine_fn: hopkit.Subgraph[X], xs: X, dim: int, reverse: bool = False, combine_mode: Mode = "pointwise"
 ) -> X:
-    example, other = _inputs(combine_fn, xs, dim)[0]
-    alike(NAME, "combine_fn", combine_fn(example, other), START, example)
+    along = Along(NAME, "xs", xs, dim)
+    _combined(combine_fn, along.example(), along.example())
     return shapes(xs)
 
 
-@hopkit.define(NAME, inputs=_inputs, outputs=_shapes, samples=samples)
+def _combined(combine_fn: hopkit.Subgraph[X], a: X, b: X) -> X:
+    return alike(NAME, "combine_fn", called(NAME, "combine_fn", combine_fn, a, b), START, a)
+
+
+@hopkit.define(NAME, abstract=_abstract, samples=samples)
 def associative_scan(
     combine_fn: hopkit.Subgraph[X], xs: X, dim: int, reverse: bool = False, combine_mode: Mode = "pointwise"
 ) -> X:
@@ -72,10 +69,7 @@ def associative_scan(
     dim = Along(NAME, "xs", xs, dim).dim
 
     def combine(a: X, b: X) -> X:
-        before = versions(given := leaves([a, b]))
-        result = alike(NAME, "combine_fn", combine_fn(a, b), START, a)
-        unwritten(f"subgraph 'combine_fn' of op '{NAME}'", given, before)
-        return result
+        return _combined(combine_fn, a, b)
 
     def both(a: list[torch.Tensor], b: list[torch.Tensor]) -> list[torch.Tensor]:
         # ``combine_fn`` sees single slices, and so one graph of it does for all lengths.
@@ -98,10 +92,6 @@ def associative_scan(
     results = beginnings([x.flip(0) for x in parts] if reverse else parts)
     results = [(x.flip(0) if reverse else x).movedim(0, dim) for x in results]
     return own(cast("X", unflatten(results, tree)), [xs])
-
-
-def _zeros(leaf: object) -> object:
-    return torch.zeros_like(cast("torch.Tensor", leaf))
 
 
 def _alternating(even: torch.Tensor, odd: torch.Tensor) -> torch.Tensor:

@@ -8,9 +8,10 @@ import torch
 
 import hopkit
 from hopkit.extend.body import own
-from hopkit_controlflow.agreement import alike, chosen, predicate, shapes
+from hopkit_controlflow.agreement import agreed, alike, called, chosen, listed, predicate, shapes
 
 NAME = "controlflow_cond"
+OPERANDS = f"op '{NAME}' argument 'operands'"
 PREDICATE = f"op '{NAME}' argument 'pred'"
 
 Pred = torch.Tensor | bool
@@ -37,17 +38,20 @@ def samples() -> list[hopkit.Sample]:
     ]
 
 
-def _shapes(
+def _abstract(
     pred: Pred, true_fn: hopkit.Subgraph[T], false_fn: hopkit.Subgraph[T], operands: tuple[object, ...] = ()
 ) -> T:
     predicate(PREDICATE, pred)
-    yes = true_fn(*operands)
-    return shapes(alike(NAME, "false_fn", false_fn(*operands), "'true_fn'", yes))
+    listed(OPERANDS, operands)
+    return shapes(_both(true_fn, false_fn, operands)[0])
 
 
-@hopkit.define(
-    NAME, inputs=lambda pred, true_fn, false_fn, operands=(): (operands, operands), outputs=_shapes, samples=samples
-)
+def _both(true_fn: hopkit.Subgraph[T], false_fn: hopkit.Subgraph[T], operands: tuple[object, ...]) -> tuple[T, T]:
+    yes, no = called(NAME, "true_fn", true_fn, *operands), called(NAME, "false_fn", false_fn, *operands)
+    return yes, alike(NAME, "false_fn", no, "'true_fn'", yes)
+
+
+@hopkit.define(NAME, abstract=_abstract, samples=samples)
 def cond(
     pred: Pred,
     true_fn: hopkit.Subgraph[T],
@@ -64,10 +68,13 @@ def cond(
 
     Raises:
         hopkit.CallError: ``pred`` has more than one element.
-        hopkit.SubgraphError: The functions disagree in what they give.
+        hopkit.SubgraphError: The functions disagree in what they give, or write to ``operands``.
     """
     pred = predicate(PREDICATE, pred)
+    listed(OPERANDS, operands)
     if isinstance(pred, torch.Tensor) and hopkit.batched(pred):
-        yes = true_fn(*operands)
-        return own(chosen(pred, yes, alike(NAME, "false_fn", false_fn(*operands), "'true_fn'", yes)), operands)
-    return own(true_fn(*operands) if pred else false_fn(*operands), operands)
+        return own(chosen(pred, *_both(true_fn, false_fn, operands)), operands)
+    if isinstance(pred, torch.Tensor):
+        agreed((true_fn, false_fn), operands, lambda: _both(true_fn, false_fn, operands))
+    name, function = ("true_fn", true_fn) if pred else ("false_fn", false_fn)
+    return own(called(NAME, name, function, *operands), operands)

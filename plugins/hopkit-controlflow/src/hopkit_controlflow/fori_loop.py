@@ -7,8 +7,8 @@ from typing import TypeVar
 import torch
 
 import hopkit
-from hopkit.extend.body import leaves, own, versions
-from hopkit_controlflow.agreement import alike, chosen, predicate, shapes, start, unwritten
+from hopkit.extend.body import own
+from hopkit_controlflow.agreement import alike, called, chosen, predicate, shapes, start
 
 NAME = "controlflow_fori_loop"
 START = "'init_val' is"
@@ -33,23 +33,26 @@ def samples() -> list[hopkit.Sample]:
 
 
 def _first(lower: Bound, upper: Bound) -> tuple[torch.Tensor, torch.Tensor]:
-    first, end = (
-        predicate(f"op '{NAME}' argument '{name}'", torch.as_tensor(value)).long()
-        for name, value in (("lower", lower), ("upper", upper))
-    )
-    return first, end
+    return _bound("lower", lower), _bound("upper", upper)
 
 
-def _inputs(lower: Bound, upper: Bound, body_fun: object, init_val: T) -> tuple[tuple[torch.Tensor, T]]:
-    return ((_first(lower, upper)[0], start(init_val)),)
+def _bound(name: str, value: Bound) -> torch.Tensor:
+    who = f"op '{NAME}' argument '{name}'"
+    found = predicate(who, torch.as_tensor(value))
+    if found.is_floating_point() or found.is_complex():
+        raise hopkit.CallError(who, f"is of {found.dtype}", why="steps are counted", todo="Pass an integer")
+    return found.long()
 
 
-def _shapes(lower: Bound, upper: Bound, body_fun: hopkit.Subgraph[T], init_val: T) -> T:
-    state = start(init_val)
-    return shapes(alike(NAME, "body_fun", body_fun(_first(lower, upper)[0], state), START, state))
+def _abstract(lower: Bound, upper: Bound, body_fun: hopkit.Subgraph[T], init_val: T) -> T:
+    return shapes(_next(body_fun, _first(lower, upper)[0], start(init_val)))
 
 
-@hopkit.define(NAME, inputs=_inputs, outputs=_shapes, samples=samples)
+def _next(body_fun: hopkit.Subgraph[T], i: torch.Tensor, state: T) -> T:
+    return alike(NAME, "body_fun", called(NAME, "body_fun", body_fun, i, state), START, state)
+
+
+@hopkit.define(NAME, abstract=_abstract, samples=samples)
 def fori_loop(lower: Bound, upper: Bound, body_fun: hopkit.Subgraph[T], init_val: T) -> T:
     """``for i in range(lower, upper): state = body_fun(i, state)``, from ``init_val`` on; gives the last state.
 
@@ -68,9 +71,7 @@ def fori_loop(lower: Bound, upper: Bound, body_fun: hopkit.Subgraph[T], init_val
     i, end = _first(lower, upper)
     state = start(init_val)
     while hopkit.anywhere(going := i < end):
-        before = versions(given := leaves([i, state]))
-        following = alike(NAME, "body_fun", body_fun(i, state), START, state)
-        unwritten(f"subgraph 'body_fun' of op '{NAME}'", given, before)
+        following = _next(body_fun, i, state)
         state = chosen(going, following, state) if hopkit.batched(going) else following
         i = i + 1
     return own(state, [init_val])

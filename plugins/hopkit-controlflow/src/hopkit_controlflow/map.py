@@ -8,6 +8,7 @@ import torch
 
 import hopkit
 from hopkit.extend.body import own
+from hopkit_controlflow.agreement import called
 from hopkit_controlflow.sequences import Along
 
 NAME = "controlflow_map"
@@ -36,16 +37,12 @@ def samples() -> list[hopkit.Sample]:
     ]
 
 
-def _inputs(f: object, xs: X, *args: object) -> tuple[tuple[object, ...]]:
-    return ((Along(NAME, "xs", xs).example(), *args),)
-
-
-def _shapes(f: hopkit.Subgraph[Y], xs: X, *args: object) -> Y:
+def _abstract(f: hopkit.Subgraph[Y], xs: X, *args: A) -> Y:
     along = Along(NAME, "xs", xs)
-    return along.room(f(along.example(), *args))
+    return along.room(called(NAME, "f", f, along.example(), *args))
 
 
-@hopkit.define(NAME, inputs=_inputs, outputs=_shapes, samples=samples)
+@hopkit.define(NAME, abstract=_abstract, samples=samples)
 def map(f: hopkit.Subgraph[Y], xs: X, *args: A) -> Y:
     """``f(x, *args)`` for every slice ``x`` of ``xs`` along the first dimension, stacked there.
 
@@ -56,5 +53,6 @@ def map(f: hopkit.Subgraph[Y], xs: X, *args: A) -> Y:
 
     Raises:
         hopkit.CallError: ``xs`` are of different lengths, or a tensor of it has no dimension.
+        hopkit.SubgraphError: ``f`` writes to what it is given.
     """
-    return own(Along(NAME, "xs", xs).stacked(lambda x: f(x, *args)), [xs, *args])
+    return own(Along(NAME, "xs", xs).stacked(lambda x: called(NAME, "f", f, x, *args)), [xs, *args])

@@ -7,8 +7,8 @@ from typing import TypeVar
 import torch
 
 import hopkit
-from hopkit.extend.body import leaves, own, versions
-from hopkit_controlflow.agreement import alike, shapes, start, unwritten
+from hopkit.extend.body import own
+from hopkit_controlflow.agreement import alike, called, shapes, start
 from hopkit_controlflow.sequences import Along
 
 NAME = "controlflow_scan"
@@ -39,32 +39,28 @@ def samples() -> list[hopkit.Sample]:
     ]
 
 
-def _inputs(combine_fn: object, init: C, xs: X, *, dim: int = 0, reverse: bool = False) -> tuple[tuple[C, X]]:
-    return ((start(init), Along(NAME, "xs", xs, dim).example()),)
-
-
-def _shapes(
+def _abstract(
     combine_fn: hopkit.Subgraph[tuple[C, Y]], init: C, xs: X, *, dim: int = 0, reverse: bool = False
 ) -> tuple[C, Y]:
-    along, first = Along(NAME, "xs", xs, dim), start(init)
-    carry, y = pair(combine_fn(first, along.example()))
-    return shapes(alike(NAME, "combine_fn", carry, START, first)), along.room(y)
+    along = Along(NAME, "xs", xs, dim)
+    carry, y = _next(combine_fn, start(init), along.example())
+    return shapes(carry), along.room(y)
 
 
-def pair(given: tuple[C, Y]) -> tuple[C, Y]:
-    """``given``, which `combine_fn` gives, if it is a pair."""
-    found: object = given  # whatever its author gives
-    if not isinstance(found, (tuple, list)) or len(found) != 2:
+def _next(combine_fn: hopkit.Subgraph[tuple[C, Y]], carry: C, x: X) -> tuple[C, Y]:
+    given: object = called(NAME, "combine_fn", combine_fn, carry, x)
+    if not isinstance(given, (tuple, list)) or len(given) != 2:
         raise hopkit.SubgraphError(
             f"subgraph 'combine_fn' of op '{NAME}'",
             f"gives {given!r}",
             why="a step gives the next carry, and what is stacked",
             todo="Return two things: `return carry, y`",
         )
-    return given
+    following, y = given
+    return alike(NAME, "combine_fn", following, START, carry), y
 
 
-@hopkit.define(NAME, inputs=_inputs, outputs=_shapes, samples=samples)
+@hopkit.define(NAME, abstract=_abstract, samples=samples)
 def scan(
     combine_fn: hopkit.Subgraph[tuple[C, Y]], init: C, xs: X, *, dim: int = 0, reverse: bool = False
 ) -> tuple[C, Y]:
@@ -85,10 +81,7 @@ def scan(
 
     def step(x: X) -> Y:
         nonlocal carry
-        before = versions(given := leaves([carry, x]))
-        following, y = pair(combine_fn(carry, x))
-        carry = alike(NAME, "combine_fn", following, START, carry)
-        unwritten(f"subgraph 'combine_fn' of op '{NAME}'", given, before)
+        carry, y = _next(combine_fn, carry, x)
         return y
 
     along = Along(NAME, "xs", xs, dim)

@@ -8,7 +8,7 @@ import torch
 
 import hopkit
 from hopkit.extend.body import own
-from hopkit_controlflow.agreement import alike, chosen, predicate, shapes
+from hopkit_controlflow.agreement import agreed, alike, called, chosen, predicate, shapes
 
 NAME = "controlflow_switch"
 INDEX = f"op '{NAME}' argument 'index'"
@@ -35,10 +35,9 @@ def samples() -> list[hopkit.Sample]:
     ]
 
 
-def _agreed(branches: tuple[hopkit.Subgraph[T], ...], operands: tuple[object, ...]) -> list[T]:
-    first = branches[0](*operands)
-    others = enumerate(branches[1:], start=1)
-    return [first, *(alike(NAME, f"branches[{i}]", f(*operands), "'branches[0]'", first) for i, f in others)]
+def _all(branches: tuple[hopkit.Subgraph[T], ...], operands: tuple[object, ...]) -> list[T]:
+    first, *others = [called(NAME, f"branches[{i}]", f, *operands) for i, f in enumerate(branches)]
+    return [first, *(alike(NAME, f"branches[{i}]", y, "'branches[0]'", first) for i, y in enumerate(others, start=1))]
 
 
 def _none(branches: tuple[hopkit.Subgraph[T], ...]) -> None:
@@ -48,15 +47,13 @@ def _none(branches: tuple[hopkit.Subgraph[T], ...]) -> None:
         )
 
 
-def _shapes(index: Index, branches: tuple[hopkit.Subgraph[T], ...], *operands: object) -> T:
+def _abstract(index: Index, branches: tuple[hopkit.Subgraph[T], ...], *operands: A) -> T:
     predicate(INDEX, index)
     _none(branches)
-    return shapes(_agreed(branches, operands)[0])
+    return shapes(_all(branches, operands)[0])
 
 
-@hopkit.define(
-    NAME, inputs=lambda index, branches, *operands: (operands,) * len(branches), outputs=_shapes, samples=samples
-)
+@hopkit.define(NAME, abstract=_abstract, samples=samples)
 def switch(index: Index, branches: tuple[hopkit.Subgraph[T], ...], *operands: A) -> T:
     """``branches[index](*operands)``; an index that is too small or too large is the first or the last.
 
@@ -67,14 +64,16 @@ def switch(index: Index, branches: tuple[hopkit.Subgraph[T], ...], *operands: A)
 
     Raises:
         hopkit.CallError: ``index`` has more than one element, or there is no branch.
-        hopkit.SubgraphError: The branches disagree in what they give.
+        hopkit.SubgraphError: The branches disagree in what they give, or write to ``operands``.
     """
     _none(branches)
     index = predicate(INDEX, index)
-    last = len(branches) - 1
     if isinstance(index, torch.Tensor) and hopkit.batched(index):
-        found, *others = _agreed(branches, operands)
+        found, *others = _all(branches, operands)
         for i, other in enumerate(others, start=1):
             found = chosen(index >= i, other, found)
         return own(found, operands)
-    return own(branches[max(0, min(int(index), last))](*operands), operands)
+    if isinstance(index, torch.Tensor):
+        agreed(branches, operands, lambda: _all(branches, operands))
+    taken = max(0, min(int(index), len(branches) - 1))
+    return own(called(NAME, f"branches[{taken}]", branches[taken], *operands), operands)

@@ -7,11 +7,12 @@ from typing import TypeVar, cast
 import torch
 
 import hopkit
-from hopkit.extend.body import leaves, own, versions
-from hopkit_controlflow.agreement import alike, chosen, predicate, shapes, start, unwritten
+from hopkit.extend.body import own
+from hopkit_controlflow.agreement import alike, called, chosen, listed, predicate, shapes, start
 
 NAME = "controlflow_while_loop"
 GOING = f"what subgraph 'cond_fn' of op '{NAME}' gives"
+CARRIED = f"op '{NAME}' argument 'carried_inputs'"
 START = "'carried_inputs' are"
 
 T = TypeVar("T", bound="tuple[object, ...] | list[object]")
@@ -37,18 +38,21 @@ def samples() -> list[hopkit.Sample]:
     ]
 
 
-def _inputs(cond_fn: object, body_fn: object, carried_inputs: T) -> tuple[T, T]:
-    state = start(carried_inputs)
-    return state, state
+def _abstract(cond_fn: hopkit.Subgraph[object], body_fn: hopkit.Subgraph[T], carried_inputs: T) -> T:
+    state = start(listed(CARRIED, carried_inputs))
+    _going(cond_fn, state)
+    return shapes(_next(body_fn, state))
 
 
-def _shapes(cond_fn: hopkit.Subgraph[object], body_fn: hopkit.Subgraph[T], carried_inputs: T) -> T:
-    state = start(carried_inputs)
-    predicate(GOING, cond_fn(*state))
-    return shapes(alike(NAME, "body_fn", body_fn(*state), START, state))
+def _going(cond_fn: hopkit.Subgraph[object], state: T) -> object:
+    return predicate(GOING, called(NAME, "cond_fn", cond_fn, *state))
 
 
-@hopkit.define(NAME, inputs=_inputs, outputs=_shapes, samples=samples)
+def _next(body_fn: hopkit.Subgraph[T], state: T) -> T:
+    return alike(NAME, "body_fn", called(NAME, "body_fn", body_fn, *state), START, state)
+
+
+@hopkit.define(NAME, abstract=_abstract, samples=samples)
 def while_loop(cond_fn: hopkit.Subgraph[object], body_fn: hopkit.Subgraph[T], carried_inputs: T) -> T:
     """``while cond_fn(*state): state = body_fn(*state)``, from ``carried_inputs`` on; gives the last state.
 
@@ -62,11 +66,9 @@ def while_loop(cond_fn: hopkit.Subgraph[object], body_fn: hopkit.Subgraph[T], ca
         hopkit.CallError: ``cond_fn`` gives more than one element.
         hopkit.SubgraphError: A state is unlike the one before, or is written to.
     """
-    state = start(carried_inputs)
-    while hopkit.anywhere(going := predicate(GOING, cond_fn(*state))):
-        before = versions(tensors := leaves(state))
-        following = alike(NAME, "body_fn", body_fn(*state), START, state)
-        unwritten(f"subgraph 'body_fn' of op '{NAME}'", tensors, before)
+    state = start(listed(CARRIED, carried_inputs))
+    while hopkit.anywhere(going := _going(cond_fn, state)):
+        following = _next(body_fn, state)
         batched = isinstance(going, torch.Tensor) and hopkit.batched(going)
         state = chosen(cast("torch.Tensor", going), following, state) if batched else following
     return own(state, carried_inputs)
