@@ -10,7 +10,7 @@ import torch
 
 from hopkit._torch import functional, inductor, keys, levels, library, trees
 from hopkit._torch.autograd import level_is_off, needs_gradient, passed_on
-from hopkit._torch.fakes import FakeMode, autograd_on, bound, in_mode, run_in_mode
+from hopkit._torch.fakes import FakeMode, autograd_on, bound, in_mode, run_in_mode, transforms_on
 from hopkit._torch.operator import DispatchMode, Kernel, Key
 from hopkit._torch.tracing import ProxyMode, Tracer
 from hopkit.authored import batched, pushed
@@ -123,7 +123,7 @@ def _device(op: str, mode: Mode, answers: Sequence[Answer], decode: Decode) -> d
         def kernel(*args: object, **kwargs: object) -> object:
             call = decode(*args, **kwargs)
             # A transform of the op is a transform of its body: a kernel written for the op is not its derivative.
-            with autograd_on():  # a body may differentiate something itself
+            with autograd_on(), transforms_on():  # a body may differentiate something itself, or batch it
                 return call.run(None if call.derivative else lambda *a, **k: ask(op, mode.name, rules, *a, **k))
 
         return kernel

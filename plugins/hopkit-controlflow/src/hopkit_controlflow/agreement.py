@@ -103,7 +103,10 @@ _agreed: set[object] = set()
 
 
 def _code(function: Callable[..., object]) -> object:
-    return getattr(function, "__code__", None) or weakref.ref(function)
+    try:
+        return getattr(function, "__code__", None) or weakref.ref(function)
+    except TypeError:  # one of C's, which stays
+        return function
 
 
 def chosen(decides: torch.Tensor, yes: T, no: T) -> T:
@@ -115,7 +118,14 @@ def chosen(decides: torch.Tensor, yes: T, no: T) -> T:
 
 def start(carry: T) -> T:
     """A state to begin with. A number becomes a tensor: one graph is for all of its values."""
-    return map_leaves(lambda leaf: torch.as_tensor(leaf) if isinstance(leaf, (int, float)) else leaf, carry)
+    return map_leaves(number, carry)
+
+
+def number(value: object) -> object:
+    """``value``, as a tensor of no dimension if it is a number, which may be known only when it runs."""
+    if isinstance(value, torch.SymInt):
+        return torch.scalar_tensor(value, dtype=torch.int64)
+    return torch.tensor(value) if isinstance(value, (int, float)) else value
 
 
 def called(op: str, name: str, function: hopkit.Subgraph[T], *args: object) -> T:

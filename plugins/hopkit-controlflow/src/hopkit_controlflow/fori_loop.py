@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 
 import hopkit
 from hopkit.extend.body import own
-from hopkit_controlflow.agreement import alike, called, chosen, predicate, shapes, start
+from hopkit_controlflow.agreement import alike, called, chosen, number, predicate, shapes, start
 
 NAME = "controlflow_fori_loop"
 START = "'init_val' is"
@@ -38,7 +38,7 @@ def _first(lower: Bound, upper: Bound) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _bound(name: str, value: Bound) -> torch.Tensor:
     who = f"op '{NAME}' argument '{name}'"
-    found = predicate(who, torch.as_tensor(value))
+    found = predicate(who, cast("torch.Tensor", number(value)))
     if found.is_floating_point() or found.is_complex():
         raise hopkit.CallError(who, f"is of {found.dtype}", why="steps are counted", todo="Pass an integer")
     return found.long()
