@@ -161,7 +161,7 @@ def test_second_derivatives_recorded() -> None:
     def derived(function: Function) -> Function:
         def step(x: Tensor, w: Tensor) -> Any:
             first = torch.autograd.grad(function(x, w).cos().sum(), (x, w), create_graph=True)
-            return first, torch.autograd.grad(sum(t.sin().sum() for t in first), (x, w))
+            return first, torch.autograd.grad(first[0].sin().sum() + first[1].sin().sum(), (x, w))
 
         return step
 
@@ -187,14 +187,17 @@ def test_bounds(lower: int, upper: int, of: Function) -> None:
     want = X * 1
     for i in range(lower, upper):
         want = want * W + i
-    run = lambda x: fori_loop(of(lower), of(upper), lambda i, x: x * W + i, x)  # noqa: E731
+
+    def run(x: Tensor) -> Tensor:
+        return fori_loop(of(lower), of(upper), lambda i, x: x * W + i, x)
+
     assert_close(run(X), want)
     assert_close(make_fx(lambda x: run(x))(X)(X), want)
 
 
 def test_bounds_that_are_sizes_or_known_only_when_it_runs() -> None:
     def run(x: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
-        return fori_loop(0, x.shape[0], lambda i, x: x + i, x), fori_loop(0, n.item(), lambda i, x: x + i, x)
+        return fori_loop(0, x.shape[0], lambda i, x: x + i, x), fori_loop(0, int(n), lambda i, x: x + i, x)
 
     class Model(torch.nn.Module):
         def forward(self, x: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
@@ -220,7 +223,7 @@ def test_every_item_has_its_bounds() -> None:
 
 
 def test_numbers_in_a_state() -> None:
-    def run(x: Tensor) -> tuple[Tensor, Tensor]:
+    def run(x: Tensor) -> object:
         n, y = while_loop(lambda n, x: n < 3, lambda n, x: (n + 1, x * 2), (0, x))
         return n, y
 

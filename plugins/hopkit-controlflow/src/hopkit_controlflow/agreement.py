@@ -124,11 +124,11 @@ def start(carry: T) -> T:
 def number(value: object) -> object:
     """``value``, as a tensor of no dimension if it is a number, which may be known only when it runs."""
     if isinstance(value, torch.SymInt):
-        return torch.scalar_tensor(value, dtype=torch.int64)
+        return torch.scalar_tensor(cast("int", value), dtype=torch.int64)
     return torch.tensor(value) if isinstance(value, (int, float)) else value
 
 
-def called(op: str, name: str, function: hopkit.Subgraph[T], *args: object) -> T:
+def called(op: str, name: str, function: Callable[..., T], *args: object) -> T:
     """``function(*args)``.
 
     Raises:

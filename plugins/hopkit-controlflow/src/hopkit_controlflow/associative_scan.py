@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal, TypeVar, cast
 
 import torch
@@ -35,20 +36,20 @@ def samples() -> list[hopkit.Sample]:
 
 
 def _abstract(
-    combine_fn: hopkit.Subgraph[X], xs: X, dim: int, reverse: bool = False, combine_mode: Mode = "pointwise"
+    combine_fn: Callable[..., X], xs: X, dim: int, reverse: bool = False, combine_mode: Mode = "pointwise"
 ) -> X:
     along = Along(NAME, "xs", xs, dim)
     _combined(combine_fn, along.example(), along.example())
     return shapes(xs)
 
 
-def _combined(combine_fn: hopkit.Subgraph[X], a: X, b: X) -> X:
+def _combined(combine_fn: Callable[..., X], a: X, b: X) -> X:
     return alike(NAME, "combine_fn", called(NAME, "combine_fn", combine_fn, a, b), START, a)
 
 
 @hopkit.define(NAME, abstract=_abstract, samples=samples)
 def associative_scan(
-    combine_fn: hopkit.Subgraph[X], xs: X, dim: int, reverse: bool = False, combine_mode: Mode = "pointwise"
+    combine_fn: Callable[..., X], xs: X, dim: int, reverse: bool = False, combine_mode: Mode = "pointwise"
 ) -> X:
     """Slice i is ``combine_fn`` of slice i - 1 of the result and slice i of ``xs``; slice 0 is that of ``xs``.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
@@ -14,7 +15,7 @@ NAME = "controlflow_cond"
 OPERANDS = f"op '{NAME}' argument 'operands'"
 PREDICATE = f"op '{NAME}' argument 'pred'"
 
-Pred = torch.Tensor | bool
+Pred = torch.Tensor | float
 T = TypeVar("T")
 
 
@@ -38,15 +39,13 @@ def samples() -> list[hopkit.Sample]:
     ]
 
 
-def _abstract(
-    pred: Pred, true_fn: hopkit.Subgraph[T], false_fn: hopkit.Subgraph[T], operands: tuple[object, ...] = ()
-) -> T:
+def _abstract(pred: Pred, true_fn: Callable[..., T], false_fn: Callable[..., T], operands: Sequence[object] = ()) -> T:
     predicate(PREDICATE, pred)
     listed(OPERANDS, operands)
     return shapes(_both(true_fn, false_fn, operands)[0])
 
 
-def _both(true_fn: hopkit.Subgraph[T], false_fn: hopkit.Subgraph[T], operands: tuple[object, ...]) -> tuple[T, T]:
+def _both(true_fn: Callable[..., T], false_fn: Callable[..., T], operands: Sequence[object]) -> tuple[T, T]:
     yes, no = called(NAME, "true_fn", true_fn, *operands), called(NAME, "false_fn", false_fn, *operands)
     return yes, alike(NAME, "false_fn", no, "'true_fn'", yes)
 
@@ -54,9 +53,9 @@ def _both(true_fn: hopkit.Subgraph[T], false_fn: hopkit.Subgraph[T], operands: t
 @hopkit.define(NAME, abstract=_abstract, samples=samples)
 def cond(
     pred: Pred,
-    true_fn: hopkit.Subgraph[T],
-    false_fn: hopkit.Subgraph[T],
-    operands: tuple[object, ...] = (),
+    true_fn: Callable[..., T],
+    false_fn: Callable[..., T],
+    operands: Sequence[object] = (),
 ) -> T:
     """``true_fn(*operands) if pred else false_fn(*operands)``.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TypeVar, cast
 
 import torch
@@ -44,16 +45,16 @@ def _bound(name: str, value: Bound) -> torch.Tensor:
     return found.long()
 
 
-def _abstract(lower: Bound, upper: Bound, body_fun: hopkit.Subgraph[T], init_val: T) -> T:
+def _abstract(lower: Bound, upper: Bound, body_fun: Callable[..., T], init_val: T) -> T:
     return shapes(_next(body_fun, _first(lower, upper)[0], start(init_val)))
 
 
-def _next(body_fun: hopkit.Subgraph[T], i: torch.Tensor, state: T) -> T:
+def _next(body_fun: Callable[..., T], i: torch.Tensor, state: T) -> T:
     return alike(NAME, "body_fun", called(NAME, "body_fun", body_fun, i, state), START, state)
 
 
 @hopkit.define(NAME, abstract=_abstract, samples=samples)
-def fori_loop(lower: Bound, upper: Bound, body_fun: hopkit.Subgraph[T], init_val: T) -> T:
+def fori_loop(lower: Bound, upper: Bound, body_fun: Callable[..., T], init_val: T) -> T:
     """``for i in range(lower, upper): state = body_fun(i, state)``, from ``init_val`` on; gives the last state.
 
     Args:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TypeVar
 
 import torch
@@ -37,13 +38,13 @@ def samples() -> list[hopkit.Sample]:
     ]
 
 
-def _abstract(f: hopkit.Subgraph[Y], xs: X, *args: A) -> Y:
+def _abstract(f: Callable[..., Y], xs: X, *args: A) -> Y:
     along = Along(NAME, "xs", xs)
     return along.room(called(NAME, "f", f, along.example(), *args))
 
 
 @hopkit.define(NAME, abstract=_abstract, samples=samples)
-def map(f: hopkit.Subgraph[Y], xs: X, *args: A) -> Y:
+def map(f: Callable[..., Y], xs: X, *args: A) -> Y:
     """``f(x, *args)`` for every slice ``x`` of ``xs`` along the first dimension, stacked there.
 
     Args:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TypeVar
 
 import torch
@@ -40,14 +41,14 @@ def samples() -> list[hopkit.Sample]:
 
 
 def _abstract(
-    combine_fn: hopkit.Subgraph[tuple[C, Y]], init: C, xs: X, *, dim: int = 0, reverse: bool = False
+    combine_fn: Callable[..., tuple[C, Y]], init: C, xs: X, *, dim: int = 0, reverse: bool = False
 ) -> tuple[C, Y]:
     along = Along(NAME, "xs", xs, dim)
     carry, y = _next(combine_fn, start(init), along.example())
     return shapes(carry), along.room(y)
 
 
-def _next(combine_fn: hopkit.Subgraph[tuple[C, Y]], carry: C, x: X) -> tuple[C, Y]:
+def _next(combine_fn: Callable[..., tuple[C, Y]], carry: C, x: X) -> tuple[C, Y]:
     given: object = called(NAME, "combine_fn", combine_fn, carry, x)
     if not isinstance(given, (tuple, list)) or len(given) != 2:
         raise hopkit.SubgraphError(
@@ -61,9 +62,7 @@ def _next(combine_fn: hopkit.Subgraph[tuple[C, Y]], carry: C, x: X) -> tuple[C, 
 
 
 @hopkit.define(NAME, abstract=_abstract, samples=samples)
-def scan(
-    combine_fn: hopkit.Subgraph[tuple[C, Y]], init: C, xs: X, *, dim: int = 0, reverse: bool = False
-) -> tuple[C, Y]:
+def scan(combine_fn: Callable[..., tuple[C, Y]], init: C, xs: X, *, dim: int = 0, reverse: bool = False) -> tuple[C, Y]:
     """``carry, y = combine_fn(carry, x)`` for every slice ``x`` of ``xs``; gives the last carry, and all ``y`` stacked.
 
     Args:

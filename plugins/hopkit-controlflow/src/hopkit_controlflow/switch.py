@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TypeVar
 
 import torch
@@ -35,26 +36,26 @@ def samples() -> list[hopkit.Sample]:
     ]
 
 
-def _all(branches: tuple[hopkit.Subgraph[T], ...], operands: tuple[object, ...]) -> list[T]:
+def _all(branches: tuple[Callable[..., T], ...], operands: tuple[object, ...]) -> list[T]:
     first, *others = [called(NAME, f"branches[{i}]", f, *operands) for i, f in enumerate(branches)]
     return [first, *(alike(NAME, f"branches[{i}]", y, "'branches[0]'", first) for i, y in enumerate(others, start=1))]
 
 
-def _none(branches: tuple[hopkit.Subgraph[T], ...]) -> None:
+def _none(branches: tuple[Callable[..., T], ...]) -> None:
     if not branches:
         raise hopkit.CallError(
             f"op '{NAME}' argument 'branches'", "is empty", why="there is nothing to choose", todo="Pass a function"
         )
 
 
-def _abstract(index: Index, branches: tuple[hopkit.Subgraph[T], ...], *operands: A) -> T:
+def _abstract(index: Index, branches: tuple[Callable[..., T], ...], *operands: A) -> T:
     predicate(INDEX, index)
     _none(branches)
     return shapes(_all(branches, operands)[0])
 
 
 @hopkit.define(NAME, abstract=_abstract, samples=samples)
-def switch(index: Index, branches: tuple[hopkit.Subgraph[T], ...], *operands: A) -> T:
+def switch(index: Index, branches: tuple[Callable[..., T], ...], *operands: A) -> T:
     """``branches[index](*operands)``; an index that is too small or too large is the first or the last.
 
     Args:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import TypeVar, cast
 
 import torch
@@ -15,7 +16,7 @@ GOING = f"what subgraph 'cond_fn' of op '{NAME}' gives"
 CARRIED = f"op '{NAME}' argument 'carried_inputs'"
 START = "'carried_inputs' are"
 
-T = TypeVar("T", bound="tuple[object, ...] | list[object]")
+T = TypeVar("T", bound="Sequence[object]")
 
 
 def samples() -> list[hopkit.Sample]:
@@ -38,22 +39,22 @@ def samples() -> list[hopkit.Sample]:
     ]
 
 
-def _abstract(cond_fn: hopkit.Subgraph[object], body_fn: hopkit.Subgraph[T], carried_inputs: T) -> T:
+def _abstract(cond_fn: Callable[..., object], body_fn: Callable[..., T], carried_inputs: T) -> T:
     state = start(listed(CARRIED, carried_inputs))
     _going(cond_fn, state)
     return shapes(_next(body_fn, state))
 
 
-def _going(cond_fn: hopkit.Subgraph[object], state: T) -> object:
+def _going(cond_fn: Callable[..., object], state: T) -> object:
     return predicate(GOING, called(NAME, "cond_fn", cond_fn, *state))
 
 
-def _next(body_fn: hopkit.Subgraph[T], state: T) -> T:
+def _next(body_fn: Callable[..., T], state: T) -> T:
     return alike(NAME, "body_fn", called(NAME, "body_fn", body_fn, *state), START, state)
 
 
 @hopkit.define(NAME, abstract=_abstract, samples=samples)
-def while_loop(cond_fn: hopkit.Subgraph[object], body_fn: hopkit.Subgraph[T], carried_inputs: T) -> T:
+def while_loop(cond_fn: Callable[..., object], body_fn: Callable[..., T], carried_inputs: T) -> T:
     """``while cond_fn(*state): state = body_fn(*state)``, from ``carried_inputs`` on; gives the last state.
 
     Args:
