@@ -15,7 +15,7 @@ from hopkit._torch import schema, sizes, trees
 from hopkit._torch.autograd import computed, differentiable, needs_gradient
 from hopkit._torch.fakes import Stage, outside_modes, together
 from hopkit._torch.functional import memory
-from hopkit._torch.watch import Same, Substitute, Watch, custom_backward, sources
+from hopkit._torch.watch import Count, Same, Substitute, Watch, custom_backward, sources
 from hopkit.codec import Slot
 from hopkit.layout import Layout, Meta
 from hopkit.probe import Graph, variable_name
@@ -288,6 +288,33 @@ class Call:
             self.layout, values={}, subgraphs={}, metas=(), outputs=(), leaves=0, transforms=((layouts.REGION, part),)
         )
         return dataclasses.replace(self, graphs=(graph,), inputs=tuple(inputs), options={}, layout=layout)
+
+    def takes_few(self, most: int) -> bool:
+        """Whether the body as it stands decides on no value, and takes at most so many operators."""
+        if self.op.effectful:
+            return False
+        stage, count = Stage(self.inputs), Count()
+
+        def stand_in(value: object) -> object:
+            return stage.fake(value) if isinstance(value, torch.Tensor) and not stage.owns(value) else value
+
+        def inside(graph: GraphLike) -> GraphLike:
+            def run(*inputs: object) -> object:
+                if count.operators > most:  # said here, where an error is sure to arrive
+                    raise OverflowError
+                with Substitute(stand_in):
+                    return sizes.readable(graph)(*inputs)
+
+            return run
+
+        with stage.open():
+            call = self.replace(graphs=list(map(inside, self.graphs)), inputs=list(map(stand_in, self.inputs)))
+            try:
+                with count:
+                    call.run()
+            except Exception:  # too many, or one that needs a value
+                return False
+        return count.operators <= most
 
     @functools.cached_property
     def rehearsal(self) -> Rehearsal:

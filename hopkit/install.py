@@ -24,6 +24,9 @@ from hopkit.spec import OpSpec
 if TYPE_CHECKING:
     from hopkit.modes import Mode
 
+MOST_INLINED = 200
+"""So many operators of a loop Inductor gets one after the other, and fuses them; more it calls back."""
+
 Decode = Callable[..., Call]
 Function = Callable[..., object]
 
@@ -58,7 +61,7 @@ def _inlining(op: str, kernel: Kernel, answers: Sequence[Answer], decode: Decode
         if not inductor.compiling():
             return kernel(mode, *args, **kwargs)
         call = decode(*args, **kwargs)
-        if called_back(call.op):
+        if called_back(call.op) and not call.takes_few(MOST_INLINED):
             return _call_back(mode, call)
         if outlined(call.op) and not call.whole:
             return (
@@ -95,8 +98,10 @@ def _call_back(mode: DispatchMode, call: Call) -> object:
 
 
 def _called(call: Call) -> object:
+    keywords = call.keywords
+
     def run(inputs: Sequence[object]) -> Sequence[torch.Tensor]:
-        return laid(call.target(*call.graphs, tuple(inputs), **call.keywords))
+        return laid(call.target(*call.graphs, tuple(inputs), **keywords))
 
     def like(inputs: Sequence[object]) -> Sequence[torch.Tensor]:
         return laid(call.replace(inputs=inputs).like_body())

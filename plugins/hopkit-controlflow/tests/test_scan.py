@@ -11,9 +11,6 @@ import pytest
 import torch
 from hopkit_controlflow import associative_scan, scan
 from torch import Tensor
-from torch._higher_order_ops import associative_scan as torch_associative_scan
-from torch._higher_order_ops import map as torch_map
-from torch._higher_order_ops import scan as torch_scan
 from torch.func import grad, jacrev, jvp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing import assert_close
@@ -205,37 +202,6 @@ def test_no_steps(op: Op[..., object], run: Function, plain: Function) -> None:
     assert_close(state, H)
     state.zero_()
     assert H.sum() > 0
-
-
-@pytest.mark.parametrize("dim", [0, 1, 2, -1])
-@pytest.mark.parametrize("reverse", [False, True])
-def test_directions_are_torchs(dim: int, reverse: bool) -> None:
-    xs, h = torch.linspace(-1, 1, 24).reshape(2, 3, 4), torch.tensor(0.5)
-    init = xs.select(dim, 0) * 0 + h
-
-    def step(c: Tensor, x: Tensor) -> Any:
-        return c * 0.5 + x, (c * x, c.sum())
-
-    assert_close(
-        scan(step, init, xs, dim=dim, reverse=reverse),
-        torch_scan(lambda c, x: (c * 0.5 + x, (c * x, c.sum())), init, xs, dim=dim, reverse=reverse),
-    )
-    want = torch_associative_scan(torch.add, xs, dim, reverse=reverse, combine_mode="generic")
-    assert_close(associative_scan(torch.add, xs, dim, reverse=reverse), want)
-
-
-def test_gradients_are_torchs() -> None:
-    torch.compiler.reset()
-
-    def along(op: Function) -> Function:
-        return lambda h, xs: op(lambda c, x: (c * x + h, (c + x).sin()), h, xs)
-
-    assert_close(slopes(along(scan), H, XS), slopes(along(torch_scan), H, XS))
-
-    def over(op: Function) -> Function:
-        return lambda h, xs: op(lambda x, h: (x * h).sin(), xs, h)
-
-    assert_close(slopes(over(each), H, XS), slopes(over(torch_map), H, XS))
 
 
 @pytest.mark.parametrize("length", range(1, 18))
