@@ -126,8 +126,11 @@ class Recorder:
                 raise Unrehearsable(f"its body cannot be rehearsed ({type(error).__name__}: {error})") from error
             if self._watch.hidden:
                 raise Unrecordable("it uses a tensor from outside that is neither an operand nor a capture")
-            if autocasting() and any(
-                self._watch.casts(i) for i in range(len(self._watch.steps)) if i not in self._inside
+            declared = self.spec.stood_for and self.spec.outputs is not None  # then nothing here is the body's own
+            if (
+                autocasting()
+                and not declared
+                and any(self._watch.casts(i) for i in range(len(self._watch.steps)) if i not in self._inside)
             ):
                 raise Unrecordable("autocast changes what the body itself computes")
             yield result

@@ -71,6 +71,21 @@ def test_it_runs_each_subgraph_once_per_recording() -> None:
     assert len(runs) < 9
 
 
+@pytest.mark.filterwarnings("error::hopkit.HopkitWarning")
+def test_under_autocast_with_gradients_it_is_still_one_node() -> None:
+    branch, w = define_branch(), torch.eye(4).requires_grad_()
+
+    def run(use: Tensor, x: Tensor) -> Tensor:
+        return branch(use, lambda y: y @ w, torch.cos, x)
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        graph = record(run, torch.tensor(1.0), X)
+        assert nodes(graph, branch) == 1
+        want = run(torch.tensor(1.0), X)
+    assert want.dtype is torch.bfloat16
+    same(graph(torch.tensor(1.0), X), want)
+
+
 def test_it_is_given_alone() -> None:
     keywords: list[dict[str, Any]] = [{"inputs": lambda f, x: ((x,),)}, {"outputs": lambda f, x: x}]
     for more in keywords:
