@@ -65,9 +65,8 @@ class Replayed:
         return tuple(self._graphs[i] for i in dict.fromkeys(v.graph for v in self._variants))
 
     def __call__(self, /, *args: object, **kwargs: object) -> object:
-        plain = not kwargs and trees.TENSORS.issuperset(map(type, args)) and len(set(map(id, args))) == len(args)
-        signature = tuple((t.shape, t.dtype, t.device) for t in cast("tuple[torch.Tensor, ...]", args) if plain)
-        if plain and (met := self._met.get(signature)):
+        signature = None if kwargs else _signature(args)
+        if signature and (met := self._met.get(signature)):
             return self._run(met, args)
         leaves, tree = trees.flatten((args, kwargs))
         # A graph for just these sizes comes before one for sizes that only running the op can tell.
@@ -75,7 +74,7 @@ class Replayed:
             for variant in self._variants:
                 slots = variant.match(leaves, tree, self._symbols, equal)
                 if slots is not None:
-                    if plain:
+                    if signature:
                         self._met[signature] = variant
                     return self._run(variant, slots)
         return self._refused(args, kwargs)
@@ -95,6 +94,19 @@ class Replayed:
             why="a graph is right only for what it was recorded with",
             todo="Record again with these arguments, or with dynamic sizes; name untaken branches with `inputs=`",
         )
+
+
+def _signature(args: Sequence[object]) -> tuple[object, ...] | None:
+    """Equal for calls on different tensors of one kind. None: more has to be known of this call."""
+    found: list[object] = []
+    for arg in args:
+        if type(arg) not in trees.TENSORS or any(arg is other for other in args[: len(found)]):
+            return None
+        tensor = cast("torch.Tensor", arg)
+        if any(type(size) is not int for size in tensor.shape):
+            return None
+        found.append((tensor.shape, tensor.dtype, tensor.device))
+    return tuple(found)
 
 
 def check_parameters(spec: OpSpec, layout: Layout, options: Iterable[str]) -> None:
