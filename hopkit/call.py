@@ -16,7 +16,7 @@ from hopkit._torch import schema, sizes, trees
 from hopkit._torch.autograd import computed, differentiable, needs_gradient
 from hopkit._torch.fakes import Stage, copied, outside_modes, same_storage, together
 from hopkit._torch.functional import memory
-from hopkit._torch.watch import Same, Substitute, Watch, custom_backward, sources
+from hopkit._torch.watch import Count, Same, Substitute, Watch, custom_backward, sources
 from hopkit.codec import Slot
 from hopkit.layout import Layout, Meta
 from hopkit.probe import Graph, variable_name
@@ -327,6 +327,33 @@ class Call:
         )
         return dataclasses.replace(self, graphs=(graph,), inputs=tuple(inputs), options={}, layout=layout)
 
+    def takes_few(self, most: int) -> bool:
+        """Whether the body as it stands decides on no value, and takes at most so many operators."""
+        if self.op.effectful:
+            return False
+        stage, count = Stage(self.inputs), Count()
+
+        def stand_in(value: object) -> object:
+            return stage.fake(value) if isinstance(value, torch.Tensor) and not stage.owns(value) else value
+
+        def inside(graph: GraphLike) -> GraphLike:
+            def run(*inputs: object) -> object:
+                if count.operators > most:  # said here, where an error is sure to arrive
+                    raise OverflowError
+                with Substitute(stand_in):
+                    return sizes.readable(graph)(*inputs)
+
+            return run
+
+        with stage.open():
+            call = self.replace(graphs=list(map(inside, self.graphs)), inputs=list(map(stand_in, self.inputs)))
+            try:
+                with count:
+                    call.run()
+            except Exception:  # too many, or one that needs a value
+                return False
+        return count.operators <= most
+
     @functools.cached_property
     def rehearsal(self) -> Rehearsal:
         """What the call does, learnt by running it once on stand-ins."""
@@ -367,7 +394,7 @@ class Call:
             handwritten = custom_backward(trees.leaves(outputs))
             examples = tuple(self._example(index, calls, fakes, stage) for index, calls in seen.items())
             # What was rehearsed is then the op itself, and not what a transform made of it.
-            unknown = self.transformed and self.op.inputs is not None
+            unknown = self.transformed and self.op.stood_for
             reached = None if unknown else tuple(sources(output, fakes) for output in trees.leaves(outputs))
             written = frozenset(i for i in declared if watch.wrote_to(cast("torch.Tensor", fakes[i])))
         opaque = handwritten or next(filter(None, told), "") or watch.opaque
@@ -412,7 +439,7 @@ class Call:
 
     def like_body(self) -> object:
         """What the call gives, on stand-ins. An op that decides on values declares it: ``inputs=`` and ``outputs=``."""
-        if self.op.inputs is None or self.part:
+        if not self.op.stood_for or self.part:
             return self.run()
 
         def declared(*args: object, **kwargs: object) -> object:

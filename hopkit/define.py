@@ -30,6 +30,7 @@ def define(
     *,
     inputs: Callable[..., object] | None = None,
     outputs: Callable[..., object] | None = None,
+    abstract: Callable[..., object] | None = None,
     autograd: AutogradPolicy = "derive",
     pure: bool = True,
     mutates: Iterable[str] = (),
@@ -95,7 +96,7 @@ def make_spec(
     for keyword in ("pure", "effectful", "random", "outline"):
         if not isinstance(properties.get(keyword, False), bool):
             raise _no_property(name, f"got `{keyword}={properties[keyword]!r}`", "Say True or False")
-    for keyword in ("inputs", "outputs", "samples"):
+    for keyword in ("inputs", "outputs", "abstract", "samples"):
         if not (properties.get(keyword) is None or callable(properties[keyword])):
             raise _no_property(name, f"got `{keyword}={properties[keyword]!r}`", f"Write `{keyword}=lambda ...: ...`")
     settled = {k: _names(v) if k in ("mutates", "aliases") else v for k, v in properties.items()}

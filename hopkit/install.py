@@ -10,7 +10,7 @@ import torch
 
 from hopkit._torch import functional, inductor, keys, levels, library, trees
 from hopkit._torch.autograd import dual, level_is_off, needs_gradient, passed_on
-from hopkit._torch.fakes import FakeMode, autograd_on, bound, in_mode, run_in_mode
+from hopkit._torch.fakes import FakeMode, autograd_on, bound, in_mode, run_in_mode, transforms_on
 from hopkit._torch.operator import DispatchMode, Kernel, Key
 from hopkit._torch.tracing import ProxyMode, Tracer
 from hopkit.authored import batched, pushed
@@ -23,6 +23,9 @@ from hopkit.spec import OpSpec
 
 if TYPE_CHECKING:
     from hopkit.modes import Mode
+
+MOST_INLINED = 200
+"""So many operators of a loop Inductor gets one after the other, and fuses them; more it calls back."""
 
 Decode = Callable[..., Call]
 Function = Callable[..., object]
@@ -61,7 +64,7 @@ def _inlining(op: str, kernel: Kernel, answers: Sequence[Answer], decode: Decode
         if not inductor.compiling():
             return kernel(mode, *args, **kwargs)
         call = decode(*args, **kwargs)
-        if called_back(call.op):
+        if called_back(call.op) and not call.takes_few(MOST_INLINED):
             return _call_back(mode, call)
         if outlined(call.op) and not call.whole:
             return (
@@ -98,11 +101,17 @@ def _call_back(mode: DispatchMode, call: Call) -> object:
 
 
 def _called(call: Call) -> object:
+    keywords = call.keywords
+
     def run(inputs: Sequence[object]) -> Sequence[torch.Tensor]:
-        return _tensors(call.target(*call.graphs, tuple(inputs), **call.keywords))
+        return laid(call.target(*call.graphs, tuple(inputs), **keywords))
 
     def like(inputs: Sequence[object]) -> Sequence[torch.Tensor]:
-        return _tensors(call.replace(inputs=inputs).like_body())
+        return laid(call.replace(inputs=inputs).like_body())
+
+    def laid(outputs: object) -> Sequence[torch.Tensor]:
+        # Compiled code relies on strides. Those of gradients, and of batches, nobody declares.
+        return [t.contiguous() for t in _tensors(outputs)] if call.derivative else _tensors(outputs)
 
     return library.call(run, like, call.inputs, effect=call.op.effectful)
 
@@ -122,7 +131,7 @@ def _device(op: str, mode: Mode, answers: Sequence[Answer], decode: Decode) -> d
         def kernel(*args: object, **kwargs: object) -> object:
             call = decode(*args, **kwargs)
             # A transform of the op is a transform of its body: a kernel written for the op is not its derivative.
-            with autograd_on():  # a body may differentiate something itself
+            with autograd_on(), transforms_on():  # a body may differentiate something itself, or batch it
                 return call.run(None if call.derivative else lambda *a, **k: ask(op, mode.name, rules, *a, **k))
 
         return kernel

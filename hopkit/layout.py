@@ -113,7 +113,7 @@ class Variant:
         self, leaves: Sequence[object], tree: trees.Tree, symbols: Mapping[str, int], equal: Equal
     ) -> list[object] | None:
         """The graph's inputs among the leaves of a call, or None where this was not recorded for it."""
-        expected, structure = trees.flatten(self.takes)
+        expected, structure = self._taken
         if tree != structure:
             return None
         slots: list[object] = []
@@ -128,6 +128,20 @@ class Variant:
             elif type(want) is not type(leaf) or want != leaf:
                 return None
         return slots if all(m.fits(s, known, equal) for m, s in zip(self.metas, slots, strict=True)) else None
+
+    @functools.cached_property
+    def _taken(self) -> tuple[list[object], trees.Tree]:
+        return trees.flatten(self.takes)
+
+    @functools.cached_property
+    def _given(self) -> tuple[list[object], trees.Tree]:
+        return trees.flatten(self.gives)
+
+    def result(self, outputs: Sequence[object], slots: Sequence[object]) -> object:
+        """The result of the call, from what the graph gave and what was in the slots."""
+        leaves, tree = self._given
+        values = [*outputs, *reversed(slots)]
+        return trees.unflatten([values[leaf.index] if isinstance(leaf, Slot) else leaf for leaf in leaves], tree)
 
     def describe(self) -> str:
         """The signature, for messages."""

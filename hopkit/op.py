@@ -237,7 +237,7 @@ class Op(Generic[P, R]):
                 unrehearsable = reason  # if the fault is the author's, the body says so itself
             except Unrecordable as reason:
                 reason.report(self.spec)
-        known = unrehearsable or (self.spec.inputs and state.transforming())
+        known = unrehearsable or (self.spec.stood_for and state.transforming())
         if rehearsing() or (known and self.spec.outputs and self._declared(operands)):
             return self._in_place(lambda: run_or_examples(self.spec, values), args, kwargs)
         arguments, keywords = self.spec.arguments(values)
@@ -463,7 +463,7 @@ class Op(Generic[P, R]):
             return self._stamped(call)()
         self._compare(call.layout)
         with _told():
-            stands_in = rehearsing() or (self.spec.inputs is not None and self._declared(call.inputs))
+            stands_in = rehearsing() or (self.spec.stood_for and self._declared(call.inputs))
             result = self._in_place(call.like_body if stands_in else call.run, args, kwargs)
         return result if state.quiet() else bound(result, call.inputs)
 

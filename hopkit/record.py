@@ -35,7 +35,7 @@ from hopkit.errors import (
 from hopkit.layout import KEYWORD, Layout, Meta, Slots, Variant, fill, parameter_of
 from hopkit.origin import origin
 from hopkit.probe import Graph, Probe, Unrecordable, Unrehearsable, identity, variable_name
-from hopkit.spec import Kind, OpSpec
+from hopkit.spec import Kind, OpSpec, Parameter
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,8 +126,11 @@ class Recorder:
                 raise Unrehearsable(f"its body cannot be rehearsed ({type(error).__name__}: {error})") from error
             if self._watch.hidden:
                 raise Unrecordable("it uses a tensor from outside that is neither an operand nor a capture")
-            if autocasting() and any(
-                self._watch.casts(i) for i in range(len(self._watch.steps)) if i not in self._inside
+            declared = self.spec.stood_for and self.spec.outputs is not None  # then nothing here is the body's own
+            if (
+                autocasting()
+                and not declared
+                and any(self._watch.casts(i) for i in range(len(self._watch.steps)) if i not in self._inside)
             ):
                 raise Unrecordable("autocast changes what the body itself computes")
             yield result
@@ -429,19 +432,44 @@ def _outputs(spec: OpSpec, given: object) -> object:
     return given
 
 
+_CALLED = (Kind.SUBGRAPH, Kind.SUBGRAPHS)
+
+
+def _each(
+    parameter: Parameter, value: object, change: Callable[[Callable[..., object]], Callable[..., object]]
+) -> object:
+    changed = tuple(change(f) for _, f in subgraphs(parameter.name, value))
+    return changed if parameter.kind is Kind.SUBGRAPHS else changed[0]
+
+
+def _noted(function: Callable[..., object], results: list[object]) -> Callable[..., object]:
+    def noting(*args: object, **kwargs: object) -> object:
+        results.append(function(*args, **kwargs))
+        return results[-1]
+
+    return noting
+
+
 def run_or_examples(spec: OpSpec, values: Mapping[str, object]) -> object:
-    """The body's result on stand-ins; where ``inputs=`` is declared, the subgraphs are called as it says."""
+    """The body's result on stand-ins. Where ``inputs=`` is declared, subgraphs are called as it says, and ``outputs=``
+    gives the result; ``abstract=`` does both."""
     args, kwargs = spec.arguments(values)
-    if spec.inputs is not None:
+    if spec.stood_for:
         operands = trees.leaves([values[p.name] for p in spec.of_kind(Kind.OPERAND)])
         for operand in operands:
             if isinstance(operand, torch.Tensor):
                 torch.numel(operand)  # the body uses it; a recording that this call is part of must know
-        called = [f for p in spec.of_kind(Kind.SUBGRAPH, Kind.SUBGRAPHS) for _, f in subgraphs(p.name, values[p.name])]
-        examples = _examples(spec, len(called), args, kwargs)
-        results = [function(*example) for function, example in zip(called, examples, strict=True)]
+        results: list[object] = []
+        if spec.abstract is not None:
+            noting = {p.name: _each(p, values[p.name], lambda f: _noted(f, results)) for p in spec.of_kind(*_CALLED)}
+            args, kwargs = spec.arguments({**values, **noting})
+        else:
+            called = [f for p in spec.of_kind(*_CALLED) for _, f in subgraphs(p.name, values[p.name])]
+            examples = _examples(spec, len(called), args, kwargs)
+            results.extend(function(*example) for function, example in zip(called, examples, strict=True))
         if spec.outputs is not None:
-            return tied(_outputs(spec, spec.outputs(*args, **kwargs)), [*operands, *trees.leaves(results)])
+            outputs = _outputs(spec, spec.outputs(*args, **kwargs))
+            return tied(outputs, [*operands, *trees.leaves(results)])
     try:
         return spec.body(*args, **kwargs)
     except Exception as error:
@@ -452,5 +480,5 @@ def run_or_examples(spec: OpSpec, values: Mapping[str, object]) -> object:
             f"cannot be recorded: its body decides on a tensor's value ({str(error).splitlines()[0]})",
             why="while a graph is recorded, tensors have shapes and no values",
             todo="Give define both `inputs=lambda ...: (args_of_first_subgraph, args_of_second, ...)` and "
-            "`outputs=lambda ...: example_result`",
+            "`outputs=lambda ...: example_result`, or `abstract=` for both at once",
         ) from error

@@ -92,6 +92,8 @@ class OpSpec:
         parameters: What the body takes; ``hopkit.parameters.parse(body)`` reads it from the annotations.
         inputs: ``inputs(*op_args)`` gives, for every subgraph, the tuple of example arguments that it is called with.
         outputs: A fake rule with the body's signature: the outputs' shapes, without deciding on values.
+        abstract: Both at once: gives what ``outputs`` does, and itself calls every subgraph on what the body calls it
+            with. It is then ``outputs``, too.
         autograd: "derive", "deferred_error" (outputs raise in backward) or "error" (the call raises).
         pure: The result depends on the arguments alone.
         mutates: Names of operands that the op writes to.
@@ -107,6 +109,7 @@ class OpSpec:
     parameters: tuple[Parameter, ...]
     inputs: Callable[..., object] | None = None
     outputs: Callable[..., object] | None = None
+    abstract: Callable[..., object] | None = None
     autograd: AutogradPolicy = "derive"
     pure: bool = True
     mutates: tuple[str, ...] = ()
@@ -124,7 +127,14 @@ class OpSpec:
                     raise self._wrong(f"{keyword}={names!r}", f"'{name}' is no operand", f"Name one of {operands}")
         if self.autograd not in get_args(AutogradPolicy):
             raise self._wrong(f"autograd={self.autograd!r}", "there is no such policy", f"Say one of {_POLICIES}")
-        for keyword, function in (("inputs", self.inputs), ("outputs", self.outputs)):
+        given = {"inputs": self.inputs, "outputs": self.outputs, "abstract": self.abstract}
+        if self.abstract is not None:
+            if self.inputs is not None or self.outputs not in (None, self.abstract):
+                todo = "Give `abstract` alone, or the other two"
+                raise self._wrong("abstract=", "`inputs=` or `outputs=` was given, too", todo)
+            del given["outputs"]
+            object.__setattr__(self, "outputs", self.abstract)
+        for keyword, function in given.items():
             if function is not None:
                 try:
                     self.check_signature(function)
@@ -135,6 +145,11 @@ class OpSpec:
     def _wrong(self, what: str, found: str, todo: str) -> SpecError:
         why = "what is declared of an op steers every mode"
         return SpecError(f"op '{self.name}'", f"was declared with `{what}`: {found}", why=why, todo=todo)
+
+    @property
+    def stood_for(self) -> bool:
+        """Whether something else than the body is run on stand-ins: the body decides on values, or loops for long."""
+        return self.inputs is not None or self.abstract is not None
 
     @property
     def untransformed(self) -> bool:

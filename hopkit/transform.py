@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import cast
+from typing import NoReturn, cast
 
 import torch
 
@@ -51,6 +51,8 @@ class Replayed:
     ) -> None:
         self._op, self._name, self._variants = op, name, variants
         self._graphs, self._inputs, self._symbols = graphs, inputs, symbols
+        # A loop calls it again and again on tensors of one kind.
+        self._met: dict[object, Variant] = {}
 
     @property
     def captures(self) -> tuple[object, ...]:
@@ -63,17 +65,28 @@ class Replayed:
         return tuple(self._graphs[i] for i in dict.fromkeys(v.graph for v in self._variants))
 
     def __call__(self, /, *args: object, **kwargs: object) -> object:
+        signature = None if kwargs else _signature(args)
+        if signature and (met := self._met.get(signature)):
+            return self._run(met, args)
         leaves, tree = trees.flatten((args, kwargs))
         # A graph for just these sizes comes before one for sizes that only running the op can tell.
         for equal in Equal:
             for variant in self._variants:
                 slots = variant.match(leaves, tree, self._symbols, equal)
                 if slots is not None:
-                    captures = [self._inputs[i] for i in variant.captures]
-                    outputs = cast("Sequence[object]", sizes.readable(self._graphs[variant.graph])(*slots, *captures))
-                    for i, new in zip(variant.writes, outputs[len(outputs) - len(variant.writes) :], strict=True):
-                        cast("torch.Tensor", slots[i]).copy_(cast("torch.Tensor", new))
-                    return fill(variant.gives, [*outputs, *reversed(slots)])
+                    if signature:
+                        self._met[signature] = variant
+                    return self._run(variant, slots)
+        return self._refused(args, kwargs)
+
+    def _run(self, variant: Variant, slots: Sequence[object]) -> object:
+        captures = [self._inputs[i] for i in variant.captures]
+        outputs = cast("Sequence[object]", sizes.readable(self._graphs[variant.graph])(*slots, *captures))
+        for i, new in zip(variant.writes, outputs[len(outputs) - len(variant.writes) :], strict=True):
+            cast("torch.Tensor", slots[i]).copy_(cast("torch.Tensor", new))
+        return variant.result(outputs, slots)
+
+    def _refused(self, args: Sequence[object], kwargs: Mapping[str, object]) -> NoReturn:
         recorded = "; ".join(variant.describe() for variant in self._variants) or "nothing, it was never called"
         found = arguments()
         found.split((args, kwargs))
@@ -83,6 +96,19 @@ class Replayed:
             why="a graph is right only for what it was recorded with",
             todo="Record again with these arguments, or with dynamic sizes; name untaken branches with `inputs=`",
         )
+
+
+def _signature(args: Sequence[object]) -> tuple[object, ...] | None:
+    """Equal for calls on different tensors of one kind. None: more has to be known of this call."""
+    found: list[object] = []
+    for arg in args:
+        if type(arg) not in trees.TENSORS or any(arg is other for other in args[: len(found)]):
+            return None
+        tensor = cast("torch.Tensor", arg)
+        if any(type(size) is not int for size in tensor.shape):
+            return None
+        found.append((tensor.shape, tensor.dtype, tensor.device))
+    return tuple(found)
 
 
 def check_parameters(spec: OpSpec, layout: Layout, options: Iterable[str]) -> None:

@@ -71,6 +71,17 @@ def batched(value: object) -> bool:
     return False
 
 
+def anywhere(value: object) -> bool:
+    """Whether a number or a tensor of one element is true; where it is `batched`, whether it is for any item.
+
+    Args:
+        value: What a body got, or computed.
+    """
+    if isinstance(value, torch.Tensor) and batched(value):
+        value = base(value).any()
+    return bool(value)
+
+
 def differentiating() -> bool:
     """Whether a transform of torch.func that differentiates is active."""
     return any(interpreter.key() in (GRAD, JVP) for interpreter in retrieve_all_functorch_interpreters())

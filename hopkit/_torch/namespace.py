@@ -8,6 +8,7 @@ before its ops are looked up.)
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch._ops import HigherOrderOperator, _HigherOrderNamespace
@@ -31,6 +32,13 @@ def watch(find: Callable[[], None]) -> None:
     global _find
     _find = find
     torch.ops.higher_order.__class__ = _Namespace
+
+
+def in_tree(name: str) -> Callable[..., Any]:
+    """One of torch's own control-flow functions, such as ``scan``; for tests and benchmarks."""
+    from torch import _higher_order_ops
+
+    return getattr(_higher_order_ops, name)  # type: ignore[no-any-return] # torch's
 
 
 def has(name: str) -> bool:

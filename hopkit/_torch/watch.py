@@ -120,6 +120,24 @@ _OPAQUE: dict[object, str] = {
 }
 
 
+class Count(TorchDispatchMode):
+    """How many operators ran."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call] # torch's
+        self.operators = 0
+
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., object],
+        types: Sequence[type],
+        args: tuple[object, ...] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
+        self.operators += 1
+        return func(*args, **(kwargs or {}))
+
+
 class Lossy(TorchFunctionMode):
     """Notices what the graph of a function does not say: that a part of it has no gradient."""
 

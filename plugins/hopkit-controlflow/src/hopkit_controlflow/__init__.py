@@ -4,9 +4,16 @@ from collections.abc import Iterable
 
 import hopkit
 from hopkit.extend import hookimpl
+from hopkit_controlflow.associative_scan import associative_scan
+from hopkit_controlflow.cond import cond
+from hopkit_controlflow.fori_loop import fori_loop
+from hopkit_controlflow.map import map
 from hopkit_controlflow.region import region
+from hopkit_controlflow.scan import scan
+from hopkit_controlflow.switch import switch
+from hopkit_controlflow.while_loop import while_loop
 
-OPS: tuple[hopkit.Op[..., object], ...] = (region,)
+OPS: tuple[hopkit.Op[..., object], ...] = (associative_scan, cond, fori_loop, map, scan, switch, while_loop, region)
 
 
 @hookimpl
@@ -15,4 +22,14 @@ def hopkit_add_ops() -> Iterable[hopkit.Op[..., object]]:
     return OPS
 
 
-__all__ = ["hopkit_add_ops", "region"]
+__all__ = [
+    "associative_scan",
+    "cond",
+    "fori_loop",
+    "hopkit_add_ops",
+    "map",
+    "region",
+    "scan",
+    "switch",
+    "while_loop",
+]
