@@ -2,7 +2,7 @@
 
 from importlib.metadata import version
 
-from hopkit._torch.levels import batched
+from hopkit._torch.levels import anywhere, batched
 from hopkit.define import adopt, define, ops, plugins, register, undefine, unregister
 from hopkit.errors import (
     AutogradError,
@@ -56,6 +56,7 @@ __all__ = [
     "UnknownOpError",
     "__version__",
     "adopt",
+    "anywhere",
     "batched",
     "decompose",
     "define",

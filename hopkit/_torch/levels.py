@@ -66,6 +66,17 @@ def batched(value: object) -> bool:
     return False
 
 
+def anywhere(value: object) -> bool:
+    """Whether a number or a tensor of one element is true; where it is `batched`, whether it is for any item.
+
+    Args:
+        value: What a body got, or computed.
+    """
+    if isinstance(value, torch.Tensor) and batched(value):
+        value = base(value).any()
+    return bool(value)
+
+
 def differentiating() -> bool:
     """Whether a transform of torch.func that differentiates is active."""
     return any(interpreter.key() in (GRAD, JVP) for interpreter in retrieve_all_functorch_interpreters())
@@ -131,6 +142,16 @@ def has_tangent(tensor: torch.Tensor) -> bool:
         return isinstance(tensor, FunctionalTensor) and forward_ad.unpack_dual(tensor).tangent is not None
     with _disable_current_modes():
         return forward_ad.unpack_dual(tensor).tangent is not None
+
+
+def without_tangent(value: T) -> T:
+    """A tensor without the tangent that the innermost level of forward mode knows of it."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    if _functorch.is_batchedtensor(value):  # torch does not ask for tangents through a vmap
+        inside, dim = without_tangent(_functorch.get_unwrapped(value)), _functorch.maybe_get_bdim(value)
+        return cast("T", _functorch._add_batch_dim(inside, dim, _functorch.maybe_get_level(value)))
+    return cast("T", forward_ad.unpack_dual(value, level=_DUAL).primal)
 
 
 def _functionalized(tensor: torch.Tensor) -> bool:

@@ -4,9 +4,10 @@ from collections.abc import Iterable
 
 import hopkit
 from hopkit.extend import hookimpl
+from hopkit_controlflow.custom_vjp import custom_vjp
 from hopkit_controlflow.region import region
 
-OPS: tuple[hopkit.Op[..., object], ...] = (region,)
+OPS: tuple[hopkit.Op[..., object], ...] = (custom_vjp, region)
 
 
 @hookimpl
@@ -15,4 +16,4 @@ def hopkit_add_ops() -> Iterable[hopkit.Op[..., object]]:
     return OPS
 
 
-__all__ = ["hopkit_add_ops", "region"]
+__all__ = ["custom_vjp", "hopkit_add_ops", "region"]
