@@ -96,10 +96,14 @@ def _call_back(mode: DispatchMode, call: Call) -> object:
 
 def _called(call: Call) -> object:
     def run(inputs: Sequence[object]) -> Sequence[torch.Tensor]:
-        return _tensors(call.target(*call.graphs, tuple(inputs), **call.keywords))
+        return laid(call.target(*call.graphs, tuple(inputs), **call.keywords))
 
     def like(inputs: Sequence[object]) -> Sequence[torch.Tensor]:
-        return _tensors(call.replace(inputs=inputs).like_body())
+        return laid(call.replace(inputs=inputs).like_body())
+
+    def laid(outputs: object) -> Sequence[torch.Tensor]:
+        # Compiled code relies on strides. Those of gradients, and of batches, nobody declares.
+        return [t.contiguous() for t in _tensors(outputs)] if call.derivative else _tensors(outputs)
 
     return library.call(run, like, call.inputs, effect=call.op.effectful)
 

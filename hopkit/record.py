@@ -431,6 +431,30 @@ def _outputs(spec: OpSpec, given: object) -> object:
     return given
 
 
+class _Known:
+    """A subgraph that was run on an example, for ``outputs=``: on the same arguments it is not run again.
+
+    Otherwise ops within ops would run the innermost twice as often per level.
+    """
+
+    def __init__(self, function: Callable[..., object], example: Sequence[object], result: object) -> None:
+        self._function, self._example, self._result = function, example, result
+
+    def __call__(self, /, *args: object, **kwargs: object) -> object:
+        given, known = trees.leaves([args, kwargs]), trees.leaves(list(self._example))
+        same = len(given) == len(known) and all(a is b for a, b in zip(given, known, strict=True))
+        return self._result if same else self._function(*args, **kwargs)
+
+
+def _in_place_of(spec: OpSpec, values: Mapping[str, object], known: Sequence[_Known]) -> dict[str, object]:
+    """The subgraphs by parameter, as ``known`` has them one after the other."""
+    rest = iter(known)
+    return {
+        p.name: tuple(next(rest) for _ in subgraphs(p.name, values[p.name])) if p.kind is Kind.SUBGRAPHS else next(rest)
+        for p in spec.of_kind(Kind.SUBGRAPH, Kind.SUBGRAPHS)
+    }
+
+
 def run_or_examples(spec: OpSpec, values: Mapping[str, object]) -> object:
     """The body's result on stand-ins; where ``inputs=`` is declared, the subgraphs are called as it says."""
     args, kwargs = spec.arguments(values)
@@ -443,6 +467,8 @@ def run_or_examples(spec: OpSpec, values: Mapping[str, object]) -> object:
         examples = _examples(spec, len(called), args, kwargs)
         results = [function(*example) for function, example in zip(called, examples, strict=True)]
         if spec.outputs is not None:
+            known = [_Known(f, example, result) for f, example, result in zip(called, examples, results, strict=True)]
+            args, kwargs = spec.arguments({**values, **_in_place_of(spec, values, known)})
             return tied(_outputs(spec, spec.outputs(*args, **kwargs)), [*operands, *trees.leaves(results)])
     try:
         return spec.body(*args, **kwargs)

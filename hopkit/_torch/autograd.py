@@ -48,8 +48,9 @@ def needs_gradient(values: Sequence[object]) -> bool:
 
 
 def versions(values: Sequence[object]) -> list[int]:
-    """How often each of these tensors was written to."""
-    return [value._version for value in values if isinstance(value, torch.Tensor)]
+    """How often each of these tensors was written to. Of inference tensors nobody knows."""
+    tensors = (value for value in values if isinstance(value, torch.Tensor))
+    return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
 
 
 def differentiable(value: object) -> bool:

@@ -275,6 +275,21 @@ def _autograd_keys() -> torch._C.DispatchKeySet:
 _AUTOGRAD_KEYS = _autograd_keys()
 
 
+@contextlib.contextmanager
+def transforms_on() -> Iterator[None]:
+    """Lets torch.func work inside, also in a kernel that torch entered from within a dispatch mode."""
+    include, exclude = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+    with torch._C._ForceDispatchKeyGuard(include, exclude - _FUNC_KEYS):
+        yield
+
+
+_FUNC_KEYS = (
+    torch._C.DispatchKeySet(torch._C.DispatchKey.FuncTorchBatched)
+    | torch._C.DispatchKeySet(torch._C.DispatchKey.FuncTorchGradWrapper)
+    | torch._C.DispatchKeySet(torch._C.DispatchKey.FuncTorchVmapMode)
+)
+
+
 def together(values: Sequence[object]) -> list[object]:
     """``values`` with stand-ins of one mode: in the metadata of a graph that was traced on values, each has its own."""
     if len({id(value.fake_mode) for value in values if isinstance(value, FakeTensor)}) < 2:

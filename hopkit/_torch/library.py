@@ -12,6 +12,8 @@ from typing import cast
 
 import torch
 
+from hopkit._torch.fakes import transforms_on
+
 Run = Callable[[Sequence[object]], Sequence[torch.Tensor]]
 
 _runs: dict[str, tuple[Run, Run]] = {}
@@ -51,7 +53,9 @@ def _run(
     run, _ = _runs[name]
     taken = {tensor.untyped_storage()._cdata for tensor in tensors}
     # What an operator gives is its own: the body may give an operand back.
-    return [t.clone() if t.untyped_storage()._cdata in taken else t for t in run(_inputs(tensors, numbers, order))]
+    with transforms_on():
+        results = run(_inputs(tensors, numbers, order))
+    return [t.clone() if t.untyped_storage()._cdata in taken else t for t in results]
 
 
 def _like(

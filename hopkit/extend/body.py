@@ -6,11 +6,11 @@ All of it means the same in every mode. `hopkit.batched` and `hopkit.anywhere` b
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeVar, cast
+from typing import TypeVar
 
 import torch
 
-from hopkit._torch import levels, trees
+from hopkit._torch import levels
 from hopkit._torch.autograd import versions
 from hopkit._torch.functional import memory
 from hopkit._torch.trees import Tree, flatten, leaves, map_leaves, unflatten
@@ -41,7 +41,7 @@ def own(result: T, inputs: Sequence[object]) -> T:
         taken.add(_memory(leaf))
         return leaf
 
-    return cast("T", trees.map_leaves(owned, result))
+    return map_leaves(owned, result)
 
 
 def _memory(tensor: torch.Tensor) -> object:

@@ -9,7 +9,7 @@ import hopkit_controlflow
 import pytest
 import torch
 from torch import Tensor
-from torch.func import grad, hessian, jacfwd, jvp, vmap
+from torch.func import hessian, jacfwd, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from hopkit.testing import check
@@ -22,7 +22,9 @@ W = torch.linspace(0.5, 1.5, 3, dtype=torch.float64)
 ONES = torch.ones_like(X)
 
 Function = Callable[[Tensor], Tensor]
-custom_vjp: Any = hopkit_controlflow.custom_vjp  # mypy infers no lambda for it
+grad: Any = torch.func.grad
+jvp: Any = torch.func.jvp
+custom_vjp: Any = hopkit_controlflow.custom_vjp
 
 
 def log1pexp(x: Tensor) -> Any:

@@ -4,10 +4,18 @@ from collections.abc import Iterable
 
 import hopkit
 from hopkit.extend import hookimpl
+from hopkit_controlflow.associative_scan import associative_scan
+from hopkit_controlflow.cond import cond
 from hopkit_controlflow.custom_vjp import custom_vjp
+from hopkit_controlflow.fori_loop import fori_loop
+from hopkit_controlflow.map import map
 from hopkit_controlflow.region import region
+from hopkit_controlflow.scan import scan
+from hopkit_controlflow.switch import switch
+from hopkit_controlflow.while_loop import while_loop
 
-OPS: tuple[hopkit.Op[..., object], ...] = (custom_vjp, region)
+OPS: tuple[hopkit.Op[..., object], ...] = (associative_scan, cond, fori_loop, map, scan, switch, while_loop, region)
+OPS += (custom_vjp,)
 
 
 @hookimpl
@@ -16,4 +24,15 @@ def hopkit_add_ops() -> Iterable[hopkit.Op[..., object]]:
     return OPS
 
 
-__all__ = ["custom_vjp", "hopkit_add_ops", "region"]
+__all__ = [
+    "associative_scan",
+    "cond",
+    "custom_vjp",
+    "fori_loop",
+    "hopkit_add_ops",
+    "map",
+    "region",
+    "scan",
+    "switch",
+    "while_loop",
+]

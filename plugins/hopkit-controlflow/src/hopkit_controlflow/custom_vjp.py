@@ -50,7 +50,7 @@ def _pair(given: object) -> tuple[Any, object]:
 
 def _examples(
     forward: hopkit.Subgraph[Any],
-    backward: hopkit.Subgraph[Any],  # noqa: ARG001 # the body's signature
+    backward: hopkit.Subgraph[Any],  # the body's signature
     operands: tuple[object, ...] = (),
 ) -> tuple[object, ...]:
     xs, fill = split(operands)
@@ -67,7 +67,7 @@ class _Once(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(value: torch.Tensor, *operands: torch.Tensor) -> torch.Tensor:  # noqa: ARG004 # the derivative depends on them
+    def forward(value: torch.Tensor, *operands: torch.Tensor) -> torch.Tensor:  # the derivative depends on them
         return value.view_as(value)
 
     @staticmethod
@@ -79,7 +79,7 @@ class _Once(torch.autograd.Function):
         return gradient, *_Once.refused(ctx.needs_input_grad[1:])
 
     @staticmethod
-    def jvp(ctx: object, tangent: torch.Tensor, *operands: torch.Tensor | None) -> torch.Tensor:  # noqa: ARG004 # torch's
+    def jvp(ctx: object, tangent: torch.Tensor, *operands: torch.Tensor | None) -> torch.Tensor:  # torch's
         _Once.refused([t is not None for t in operands])
         return tangent.view_as(tangent)
 

@@ -34,7 +34,7 @@ def region(
     operands: tuple[object, ...] = (),
     keywords: Mapping[str, object] | None = None,
     *,
-    hints: tuple[tuple[str, Hint], ...] = (),  # noqa: ARG001 # for who reads the node
+    hints: tuple[tuple[str, Hint], ...] = (),  # for who reads the node
 ) -> T:
     """``body(*operands, **keywords)``, kept as one node of a recorded graph.
 
