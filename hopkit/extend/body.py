@@ -12,10 +12,11 @@ import torch
 
 from hopkit._torch import levels
 from hopkit._torch.autograd import versions
+from hopkit._torch.checkpoint import computed_again
 from hopkit._torch.functional import memory
 from hopkit._torch.trees import Tree, flatten, leaves, map_leaves, unflatten
 
-__all__ = ["Tree", "flatten", "leaves", "map_leaves", "own", "unflatten", "versions"]
+__all__ = ["Tree", "computed_again", "flatten", "leaves", "map_leaves", "own", "unflatten", "versions"]
 
 T = TypeVar("T")
 

@@ -138,7 +138,7 @@ UNKNOWN: dict[str, Any] = {
     "grad of jvp": lambda: grad(lambda x: jvp(lambda w: scaled(x, w), (W,), (ONES,))[1].sum())(X),
     "jvp of jvp": lambda: jvp(lambda x: jvp(lambda w: scaled(x, w), (W,), (ONES,))[1], (X,), (ONES,)),
     "make_fx": lambda: make_fx(grad(lambda x: by_w(x).sum()))(X),
-    "compiled": lambda: torch.compile(grad(lambda x: by_w(x).sum()), backend="aot_eager")(X),
+    "compiled": lambda: MODES["compiled grad"](by_w)(X),
 }
 
 

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 import hopkit
 from hopkit.extend import hookimpl
 from hopkit_controlflow.associative_scan import associative_scan
+from hopkit_controlflow.checkpoint import checkpoint
 from hopkit_controlflow.cond import cond
 from hopkit_controlflow.custom_vjp import custom_vjp
 from hopkit_controlflow.fori_loop import fori_loop
@@ -15,7 +16,7 @@ from hopkit_controlflow.switch import switch
 from hopkit_controlflow.while_loop import while_loop
 
 OPS: tuple[hopkit.Op[..., object], ...] = (associative_scan, cond, fori_loop, map, scan, switch, while_loop, region)
-OPS += (custom_vjp,)
+OPS += (checkpoint, custom_vjp)
 
 
 @hookimpl
@@ -26,6 +27,7 @@ def hopkit_add_ops() -> Iterable[hopkit.Op[..., object]]:
 
 __all__ = [
     "associative_scan",
+    "checkpoint",
     "cond",
     "custom_vjp",
     "fori_loop",
