@@ -281,8 +281,10 @@ class Op(Generic[P, R]):
             )
         if state.beyond_recording(trees.leaves(operands)):
             return False
-        if (transforms := state.transforms()) or state.forward_mode():
+        if transforms := state.transforms():
             return not transforms.isdisjoint(self._asking.transforms)
+        if state.forward_mode():  # a pair of functions has no word on tangents, one on calls has
+            return self._asking.tangents
         if self._asking.always or (self.spec.effectful and state.functionalizing()):
             return True
         if self._declared(operands):
@@ -348,7 +350,8 @@ class Op(Generic[P, R]):
         told = call()
         if torch.compiler.is_exporting() or not needs_gradient(told.inputs):
             return False
-        return self._asking.derivative or bool(told.unseen)
+        # Of a body that decides on values there is nothing else to record.
+        return (self._asking.derivative and self.spec.outputs is None) or bool(told.unseen)
 
     def _plain(self, values: Mapping[str, object]) -> tuple[object, object, dict[str, object]] | None:
         # Rules that see the author's arguments, and those that transform them, need the layout.

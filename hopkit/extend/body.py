@@ -5,20 +5,45 @@ All of it means the same in every mode. `hopkit.batched` and `hopkit.anywhere` b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TypeVar
+from collections.abc import Callable, Sequence
+from typing import TypeVar, cast
 
 import torch
 
 from hopkit._torch import levels
 from hopkit._torch.autograd import versions
 from hopkit._torch.checkpoint import computed_again
+from hopkit._torch.fakes import autograd_on
 from hopkit._torch.functional import memory
+from hopkit._torch.state import forward_mode
 from hopkit._torch.trees import Tree, flatten, leaves, map_leaves, unflatten
 
-__all__ = ["Tree", "computed_again", "flatten", "leaves", "map_leaves", "own", "unflatten", "versions"]
+__all__ = ["Tree", "computed_again", "flatten", "leaves", "map_leaves", "own", "pull", "unflatten", "versions"]
 
 T = TypeVar("T")
+
+
+def pull(function: Callable[[T], object], at: T, gradient: object) -> T:
+    """The gradient of ``at``, where ``gradient`` is that of ``function(at)``: two pytrees, all of whose leaves are floats.
+
+    As ``torch.func.vjp``. It may stand in a subgraph whose captures are in a transform already.
+    """
+    if levels.top() is not None or forward_mode():
+        return cast("T", torch.func.vjp(function, at)[1](gradient)[0])
+    again = torch.is_grad_enabled()
+    with autograd_on(), torch.enable_grad():
+        point = map_leaves(lambda t: cast("torch.Tensor", t).detach().requires_grad_(), at)
+        results = cast("list[torch.Tensor]", leaves(function(point)))
+        pairs = [pair for pair in zip(results, leaves(gradient), strict=True) if pair[0].requires_grad]
+        inputs, tree = flatten(point)
+        found = torch.autograd.grad(
+            [result for result, _ in pairs],
+            cast("list[torch.Tensor]", inputs),
+            [cast("torch.Tensor", g) for _, g in pairs],
+            create_graph=again,
+            materialize_grads=True,
+        )
+    return cast("T", unflatten(found, tree))
 
 
 def own(result: T, inputs: Sequence[object]) -> T:

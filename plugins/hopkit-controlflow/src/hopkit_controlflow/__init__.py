@@ -9,6 +9,7 @@ from hopkit_controlflow.checkpoint import checkpoint
 from hopkit_controlflow.cond import cond
 from hopkit_controlflow.custom_vjp import custom_vjp
 from hopkit_controlflow.fori_loop import fori_loop
+from hopkit_controlflow.linear_solve import linear_solve
 from hopkit_controlflow.map import map
 from hopkit_controlflow.region import region
 from hopkit_controlflow.scan import scan
@@ -16,7 +17,7 @@ from hopkit_controlflow.switch import switch
 from hopkit_controlflow.while_loop import while_loop
 
 OPS: tuple[hopkit.Op[..., object], ...] = (associative_scan, cond, fori_loop, map, scan, switch, while_loop, region)
-OPS += (checkpoint, custom_vjp)
+OPS += (checkpoint, custom_vjp, linear_solve)
 
 
 @hookimpl
@@ -32,6 +33,7 @@ __all__ = [
     "custom_vjp",
     "fori_loop",
     "hopkit_add_ops",
+    "linear_solve",
     "map",
     "region",
     "scan",
