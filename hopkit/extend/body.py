@@ -15,8 +15,8 @@ from hopkit._torch.autograd import versions
 from hopkit._torch.checkpoint import computed_again
 from hopkit._torch.fakes import autograd_on
 from hopkit._torch.functional import memory
-from hopkit._torch.state import forward_mode
 from hopkit._torch.trees import Tree, flatten, leaves, map_leaves, unflatten
+from hopkit.transform import leaf
 
 __all__ = ["Tree", "computed_again", "flatten", "leaves", "map_leaves", "own", "pull", "unflatten", "versions"]
 
@@ -24,15 +24,17 @@ T = TypeVar("T")
 
 
 def pull(function: Callable[[T], object], at: T, gradient: object) -> T:
-    """The gradient of ``at``, where ``gradient`` is that of ``function(at)``: two pytrees, all of whose leaves are floats.
+    """The gradient of ``at``, where ``gradient`` is that of ``function(at)``: two pytrees of floating-point tensors.
 
     As ``torch.func.vjp``. It may stand in a subgraph whose captures are in a transform already.
     """
-    if levels.top() is not None or forward_mode():
+    # What a subgraph closes over is seen where an operator takes it.
+    at, gradient = map_leaves(_touched, (at, gradient))
+    if levels.top() is not None:
         return cast("T", torch.func.vjp(function, at)[1](gradient)[0])
     again = torch.is_grad_enabled()
     with autograd_on(), torch.enable_grad():
-        point = map_leaves(lambda t: cast("torch.Tensor", t).detach().requires_grad_(), at)
+        point = map_leaves(lambda t: leaf(cast("torch.Tensor", t)), at)
         results = cast("list[torch.Tensor]", leaves(function(point)))
         pairs = [pair for pair in zip(results, leaves(gradient), strict=True) if pair[0].requires_grad]
         inputs, tree = flatten(point)
@@ -44,6 +46,10 @@ def pull(function: Callable[[T], object], at: T, gradient: object) -> T:
             materialize_grads=True,
         )
     return cast("T", unflatten(found, tree))
+
+
+def _touched(leaf: object) -> object:
+    return cast("torch.Tensor", leaf).view_as(cast("torch.Tensor", leaf))
 
 
 def own(result: T, inputs: Sequence[object]) -> T:

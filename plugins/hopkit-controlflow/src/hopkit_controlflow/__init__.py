@@ -8,6 +8,7 @@ from hopkit_controlflow.associative_scan import associative_scan
 from hopkit_controlflow.checkpoint import checkpoint
 from hopkit_controlflow.cond import cond
 from hopkit_controlflow.custom_vjp import custom_vjp
+from hopkit_controlflow.fixed_point import fixed_point
 from hopkit_controlflow.fori_loop import fori_loop
 from hopkit_controlflow.linear_solve import linear_solve
 from hopkit_controlflow.map import map
@@ -17,7 +18,7 @@ from hopkit_controlflow.switch import switch
 from hopkit_controlflow.while_loop import while_loop
 
 OPS: tuple[hopkit.Op[..., object], ...] = (associative_scan, cond, fori_loop, map, scan, switch, while_loop, region)
-OPS += (checkpoint, custom_vjp, linear_solve)
+OPS += (checkpoint, custom_vjp, fixed_point, linear_solve)
 
 
 @hookimpl
@@ -31,6 +32,7 @@ __all__ = [
     "checkpoint",
     "cond",
     "custom_vjp",
+    "fixed_point",
     "fori_loop",
     "hopkit_add_ops",
     "linear_solve",

@@ -84,7 +84,7 @@ class _At:
         """The gradients of the inputs ``wrt``."""
         right = self._fill(gradients[: self._count])
         found = self._equation.solve(self._values, self._x, right, transposed=True)
-        return self._residual(wrt)(tuple(split(found)[0]))
+        return cast("Tensors", self._residual(wrt)(tuple(split(found)[0])))
 
     def push(self, wrt: Sequence[int], tangents: Tensors) -> Tensors:
         """The tangent of ``x``, for those of the inputs ``wrt``."""
@@ -99,7 +99,7 @@ def _batches(call: Call) -> list[tuple[int | None, ...]]:
     assert call.layout is not None
     if any(name != "vmap" for name, *_ in call.layout.transforms):
         raise Decline("it is another derivative already")
-    return [dims for _, dims, _ in call.layout.transforms]
+    return [cast("tuple[int | None, ...]", dims) for _, dims, _ in call.layout.transforms]
 
 
 class _Implicit(Step):
@@ -121,7 +121,9 @@ class _Implicit(Step):
         count = len(self._call.inputs)
         inputs, outputs = saved[:count], cast("Tensors", saved[count:])
         results: list[torch.Tensor | None] = [None] * count
-        wrt = [i for i, v in enumerate(self._call.inputs) if differentiable(v) and cast("torch.Tensor", v).requires_grad]
+        wrt = [
+            i for i, v in enumerate(self._call.inputs) if differentiable(v) and cast("torch.Tensor", v).requires_grad
+        ]
         if all(g is None for g in gradients) or not wrt:
             return results
 

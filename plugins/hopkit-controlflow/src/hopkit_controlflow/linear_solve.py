@@ -42,9 +42,7 @@ def _inputs(matvec: object, b: object, *solvers: object, **options: object) -> t
     return ((b,),) * (1 + len(solvers))
 
 
-def _outputs(
-    matvec: hopkit.Subgraph[T], b: T, *solvers: hopkit.Subgraph[T], **options: object
-) -> tuple[T, Status]:
+def _outputs(matvec: hopkit.Subgraph[T], b: T, *solvers: hopkit.Subgraph[T], **options: object) -> tuple[T, Status]:
     tensors, fill = unknown(f"op '{NAME}' argument 'b'", b)
     fitting(NAME, "matvec", matvec(b), b)
     for solver in solvers:
