@@ -11,14 +11,14 @@ from typing import TypeVar, cast
 import torch
 
 from hopkit._torch import levels
-from hopkit._torch.autograd import versions
+from hopkit._torch.autograd import differentiable, versions
 from hopkit._torch.checkpoint import computed_again
 from hopkit._torch.fakes import autograd_on
 from hopkit._torch.functional import memory
 from hopkit._torch.trees import Tree, flatten, leaves, map_leaves, unflatten
 from hopkit.transform import leaf
 
-__all__ = ["Tree", "computed_again", "flatten", "leaves", "map_leaves", "own", "pull", "unflatten", "versions"]
+__all__ = ["Tree", "computed_again", "flatten", "leaves", "map_leaves", "own", "pull", "split", "unflatten", "versions"]
 
 T = TypeVar("T")
 
@@ -79,3 +79,21 @@ def own(result: T, inputs: Sequence[object]) -> T:
 def _memory(tensor: torch.Tensor) -> object:
     found = memory(levels.base(tensor))
     return id(tensor) if found is None else found
+
+
+def split(value: T) -> tuple[list[torch.Tensor], Callable[..., T]]:
+    """The tensors of a pytree that have derivatives, and ``fill(tensors)``, the pytree with others in their place.
+
+    ``fill(tensors, None)`` has None in place of all other leaves.
+    """
+    given, tree = flatten(value)
+    found = {i: cast("torch.Tensor", leaf) for i, leaf in enumerate(given) if differentiable(leaf)}
+
+    def fill(tensors: Sequence[torch.Tensor], rest: object = _SAME) -> T:
+        new = dict(zip(found, tensors, strict=True))
+        return cast("T", unflatten([new.get(i, leaf if rest is _SAME else rest) for i, leaf in enumerate(given)], tree))
+
+    return list(found.values()), fill
+
+
+_SAME = object()

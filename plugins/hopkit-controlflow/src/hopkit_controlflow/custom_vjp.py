@@ -8,9 +8,9 @@ from typing import Any, TypeVar, cast
 import torch
 
 import hopkit
-from hopkit.extend.autograd import every_level
-from hopkit.extend.body import flatten, map_leaves, own
-from hopkit_controlflow.floats import is_float, split
+from hopkit.extend.autograd import differentiable, every_level
+from hopkit.extend.body import flatten, own, split
+from hopkit_controlflow.vectors import shown
 
 NAME = "controlflow_custom_vjp"
 
@@ -197,24 +197,20 @@ def custom_vjp(
 def _checked(given: object, operands: Sequence[object]) -> list[torch.Tensor | None]:
     """The gradients of the operands' tensors that have derivatives."""
     if not isinstance(given, (tuple, list)) or len(given) != len(operands):
-        raise _wrong(f"gives {_shown(given)} for {len(operands)} operands")
+        raise _wrong(f"gives {shown(given)} for {len(operands)} operands")
     gradients: list[torch.Tensor | None] = []
     for number, (gradient, operand) in enumerate(zip(given, operands, strict=True)):
         leaves, tree = flatten(operand)
         found, found_tree = ([None] * len(leaves), tree) if gradient is None else flatten(gradient)
         if found_tree != tree:
-            raise _wrong(f"gives {_shown(gradient)} for operand {number}, which is {_shown(operand)}")
+            raise _wrong(f"gives {shown(gradient)} for operand {number}, which is {shown(operand)}")
         for x, g in zip(leaves, found, strict=True):
-            if not is_float(x):
+            if not (isinstance(x, torch.Tensor) and differentiable(x)):
                 continue
             if not (g is None or (isinstance(g, torch.Tensor) and g.shape == x.shape)):
-                raise _wrong(f"gives {_shown(g)} for {_shown(x)}, which is in operand {number}")
+                raise _wrong(f"gives {shown(g)} for {shown(x)}, which is in operand {number}")
             gradients.append(g)
     return gradients
-
-
-def _shown(value: object) -> str:
-    return str(map_leaves(lambda leaf: list(leaf.shape) if isinstance(leaf, torch.Tensor) else leaf, value))
 
 
 def _wrong(found: str) -> hopkit.SubgraphError:

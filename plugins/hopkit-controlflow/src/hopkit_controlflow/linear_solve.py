@@ -9,9 +9,9 @@ import torch
 
 import hopkit
 from hopkit.extend.body import pull
+from hopkit.extend.implicit import Values, derive
 from hopkit_controlflow.agreement import chosen
-from hopkit_controlflow.floats import fitting, ravel, unknown, unravel
-from hopkit_controlflow.implicit import Status, Values, checked, derive
+from hopkit_controlflow.vectors import Status, checked, fitting, ravel, unknown, unravel
 
 NAME = "controlflow_linear_solve"
 

@@ -1,38 +1,39 @@
-"""The tensors of a pytree that have derivatives, and the vector that they are."""
+"""What solvers share: pytrees as vectors, and how a solver ended."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TypeGuard, TypeVar, cast
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
 
 import torch
 
 import hopkit
-from hopkit.extend.body import flatten, leaves, map_leaves, unflatten
+from hopkit.extend.body import leaves, map_leaves, split
 
 T = TypeVar("T")
 
-_SAME = object()
+
+class Status(NamedTuple):
+    """How a solver ended: per item, if there are several."""
+
+    converged: torch.Tensor
+    iterations: torch.Tensor
 
 
-def is_float(leaf: object) -> TypeGuard[torch.Tensor]:
-    """Whether this is a tensor that has derivatives."""
-    return isinstance(leaf, torch.Tensor) and (leaf.is_floating_point() or leaf.is_complex())
+def checked(who: str, status: Status, *, must: bool) -> Status:
+    """``status``.
 
-
-def split(value: T) -> tuple[list[torch.Tensor], Callable[..., T]]:
-    """The tensors of a pytree that have derivatives, and ``fill(tensors)``, the pytree with others in their place.
-
-    ``fill(tensors, rest=None)`` has None in place of all other leaves.
+    Raises:
+        hopkit.HopkitError: A solver that must converge did not.
     """
-    given, tree = flatten(value)
-    found = {i: leaf for i, leaf in enumerate(given) if is_float(leaf)}
-
-    def fill(tensors: Sequence[torch.Tensor], rest: object = _SAME) -> T:
-        new = dict(zip(found, tensors, strict=True))
-        return cast("T", unflatten([new.get(i, leaf if rest is _SAME else rest) for i, leaf in enumerate(given)], tree))
-
-    return list(found.values()), fill
+    if must and hopkit.anywhere(~status.converged):
+        raise hopkit.HopkitError(
+            who,
+            "did not converge",
+            why="what it gives is no solution, and a derivative by it would be wrong",
+            todo="Allow more `iterations` or a larger `tolerance`, and look at the status of the call that is derived",
+        )
+    return status
 
 
 def unknown(who: str, value: T) -> tuple[list[torch.Tensor], Callable[..., T]]:

@@ -7,17 +7,21 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from torch.autograd import forward_ad
 
-import hopkit
-from hopkit.extend import Call, Decline
-from hopkit.extend.autograd import Step, apply, below_autograd, differentiable, dual, needs_gradient
-from hopkit.extend.jvp import Tangents
-from hopkit.extend.vmap import Batch, on_call
-from hopkit_controlflow.floats import split
+from hopkit._torch.autograd import Step, apply, below_autograd, differentiable, dual, needs_gradient
+from hopkit._torch.levels import Tangents
+from hopkit.call import Call
+from hopkit.extend.body import split
+from hopkit.rule import Decline, on_call
+
+if TYPE_CHECKING:
+    from hopkit.op import Op
+
+__all__ = ["Equation", "Values", "derive"]
 
 Values = Mapping[str, Any]
 """The arguments of a call, by parameter."""
@@ -25,15 +29,12 @@ Values = Mapping[str, Any]
 Tensors = Sequence[torch.Tensor]
 
 
-class Status(NamedTuple):
-    """How a solver ended: per item, if there are several."""
-
-    converged: torch.Tensor
-    iterations: torch.Tensor
-
-
 class Equation(Protocol):
-    """What an op solves. It gives ``(x, status)``, where ``x`` is as its operand ``like``."""
+    """What an op solves. The tensors of its result begin with those of ``x``, all of them its own.
+
+    Attributes:
+        like: The operand that ``x`` is like.
+    """
 
     like: str
 
@@ -42,22 +43,6 @@ class Equation(Protocol):
 
     def solve(self, values: Values, x: Any, right: Any, *, transposed: bool) -> Any:
         """What ``-dF/dx``, or its transpose, maps to ``right``."""
-
-
-def checked(who: str, status: Status, *, must: bool) -> Status:
-    """``status``.
-
-    Raises:
-        hopkit.HopkitError: A solver that must converge did not.
-    """
-    if must and hopkit.anywhere(~status.converged):
-        raise hopkit.HopkitError(
-            who,
-            "did not converge",
-            why="what it gives is no solution, and a derivative by it would be wrong",
-            todo="Allow more `iterations` or a larger `tolerance`, and look at the status of the call that is derived",
-        )
-    return status
 
 
 class _At:
@@ -162,7 +147,7 @@ def _pushed(
     return outputs, run(tuple(inputs), outputs, tuple(tangents.values()))
 
 
-def derive(op: hopkit.Op[..., Any], equation: Equation) -> None:
+def derive(op: Op[..., Any], equation: Equation) -> None:
     """Let ``op``, which solves ``equation``, have its derivatives by it in every mode."""
 
     @op.rule("autograd")
@@ -193,5 +178,5 @@ def derive(op: hopkit.Op[..., Any], equation: Equation) -> None:
 
     @op.rule("vmap")
     @on_call
-    def whole(batch: Batch, call: Call) -> object:
+    def whole(*_: object) -> object:
         raise Decline("the derived rule answers; what counts is that the derivative sees the op under vmap")
