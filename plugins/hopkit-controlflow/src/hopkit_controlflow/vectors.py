@@ -8,7 +8,7 @@ from typing import NamedTuple, TypeVar
 import torch
 
 import hopkit
-from hopkit.extend.body import leaves, map_leaves, split
+from hopkit.extend.body import flatten, leaves, map_leaves, split
 
 T = TypeVar("T")
 
@@ -71,14 +71,19 @@ def fitting(op: str, name: str, got: T, want: object) -> T:
     Raises:
         hopkit.SubgraphError: It is not.
     """
-    if (found := shown(got)) != (wanted := shown(want)):
+    (found, tree), (wanted, wanted_tree) = flatten(got), flatten(want)
+    if tree != wanted_tree or list(map(_kind, found)) != list(map(_kind, wanted)):
         raise hopkit.SubgraphError(
             f"subgraph '{name}' of op '{op}'",
-            f"gives {found} for {wanted}",
+            f"gives {shown(got)} for {shown(want)}",
             why="what is solved for and what comes out of it are vectors of one space",
             todo="Let it give what it takes: the same structure, shapes, dtypes and devices",
         )
     return got
+
+
+def _kind(leaf: object) -> object:
+    return (leaf.shape, leaf.dtype, leaf.device) if isinstance(leaf, torch.Tensor) else leaf
 
 
 def shown(value: object) -> str:
