@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from collections.abc import Sequence
 
 import torch
 
 from hopkit._torch import keys
 from hopkit.modes import Mode
-from hopkit.rule import Answer, Place, Table
+from hopkit.rule import Answer, Place, Table, takes_calls
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +23,7 @@ class Asking:
         kernels: Who answers a call that nothing records, differentiates or transforms. Empty where nothing is asked
             for, or where a rule for a subclass or a backend comes first.
         derivative: Whether one is written by hand. It sees the author's arguments.
-        tangents: Whether it is a rule on calls, which gets tensors with tangents of plain forward mode too.
+        tangents: Whether it is marked with `on_call`: it answers for tensors with tangents of plain forward mode too.
         in_place: For tensors of a class, rules that take the place of the body.
         transforms: The modes of the transforms of torch.func that a rule is written for.
         whole: Whether a kernel, or a way to record the op, is written by hand. It sees the op, and not a part of it.
@@ -68,7 +67,7 @@ def asking(table: Table, modes: Sequence[Mode]) -> Asking:
         subclasses=subclasses,
         kernels=table["device"] if by_hand and not (subclasses or backends) else (),
         derivative="autograd" in written,
-        tangents="autograd" in written and inspect.isfunction(table["autograd"][0].rule),
+        tangents="autograd" in written and takes_calls(table["autograd"][0].rule),
         in_place=tuple((entry, table[name]) for name, entry in in_place.items() if isinstance(entry, type)),
         transforms=frozenset(written & {"vmap", "jvp"} | ({"grad"} if "autograd" in written else set())),
         whole=backends or not written.isdisjoint({"device", "functionalize", "proxy", "inductor"}),

@@ -283,7 +283,7 @@ class Op(Generic[P, R]):
             return False
         if transforms := state.transforms():
             return not transforms.isdisjoint(self._asking.transforms)
-        if state.forward_mode():  # a pair of functions has no word on tangents, one on calls has
+        if state.forward_mode():  # a derivative has no word on tangents, unless it says so
             return self._asking.tangents
         if self._asking.always or (self.spec.effectful and state.functionalizing()):
             return True

@@ -151,6 +151,7 @@ def derive(op: Op[..., Any], equation: Equation) -> None:
     """Let ``op``, which solves ``equation``, have its derivatives by it in every mode."""
 
     @op.rule("autograd")
+    @on_call  # plain forward mode asks it too
     def on_tape(call: Call) -> object:
         _batches(call)
         if dual(call.inputs):
