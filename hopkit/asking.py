@@ -9,7 +9,7 @@ import torch
 
 from hopkit._torch import keys
 from hopkit.modes import Mode
-from hopkit.rule import Answer, Place, Table
+from hopkit.rule import Answer, Place, Table, takes_calls
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,9 +23,9 @@ class Asking:
         kernels: Who answers a call that nothing records, differentiates or transforms. Empty where nothing is asked
             for, or where a rule for a subclass or a backend comes first.
         derivative: Whether one is written by hand. It sees the author's arguments.
+        tangents: Whether it is marked with `on_call`: it answers for tensors with tangents of plain forward mode too.
         in_place: For tensors of a class, rules that take the place of the body.
-        transforms: The modes of the transforms of torch.func that a rule is written for. A derivative is that of a
-            batch, too.
+        transforms: The modes of the transforms of torch.func that a rule is written for.
         whole: Whether a kernel, or a way to record the op, is written by hand. It sees the op, and not a part of it.
     """
 
@@ -34,6 +34,7 @@ class Asking:
     subclasses: tuple[type, ...] = ()
     kernels: tuple[Answer, ...] = ()
     derivative: bool = False
+    tangents: bool = False
     whole: bool = False
     transforms: frozenset[str] = frozenset()
     in_place: tuple[tuple[type, tuple[Answer, ...]], ...] = ()
@@ -60,16 +61,18 @@ def asking(table: Table, modes: Sequence[Mode]) -> Asking:
     subclasses = tuple(cls for cls in classes if issubclass(cls, torch.Tensor))
     backends = any(isinstance(entry, keys.DispatchKey) for entry in entries)
     by_hand = not written.isdisjoint({"device", "autograd"})
+    transforms = written & {"vmap", "jvp", "functionalize"}
+    if "autograd" in written:  # a pair is that of a batch, too
+        transforms |= {"grad", "vmap"} if hasattr(table["autograd"][0].rule, "backward") else {"grad"}
     return Asking(
         always=by_hand or backends,
         modes=frozenset(classes).difference(subclasses),
         subclasses=subclasses,
         kernels=table["device"] if by_hand and not (subclasses or backends) else (),
         derivative="autograd" in written,
+        tangents="autograd" in written and takes_calls(table["autograd"][0].rule),
         in_place=tuple((entry, table[name]) for name, entry in in_place.items() if isinstance(entry, type)),
-        transforms=frozenset(
-            written & {"vmap", "jvp", "functionalize"} | ({"grad", "vmap"} if "autograd" in written else set())
-        ),
+        transforms=frozenset(transforms),
         whole=backends or not written.isdisjoint({"device", "functionalize", "proxy", "inductor"}),
     )
 

@@ -46,6 +46,11 @@ class Pure:
         return self.run(*inputs)
 
 
+def as_before(graph: GraphLike) -> GraphLike:
+    """A graph as it was before it was made functional: for stand-ins, which may be in a transform."""
+    return graph.plain if isinstance(graph, Pure) else graph
+
+
 def key_of(graph: GraphLike) -> tuple[object, ...]:
     """Equal for graphs that would be traced to the same code from the same inputs."""
     if isinstance(graph, Pure):
@@ -374,7 +379,7 @@ class Call:
                 seen[index].append(tuple(map(stage.plain, inputs)))
                 function, before = self.graphs[index], len(watch.written)
                 with Substitute(stand_in) as mode:
-                    result = sizes.readable(function.plain if isinstance(function, Pure) else function)(*inputs)
+                    result = sizes.readable(as_before(function))(*inputs)
                 told.append(mode.opaque)
                 tensors = {i: value for i, value in enumerate(inputs) if isinstance(value, torch.Tensor)}
                 those = [i for i, value in tensors.items() if watch.wrote_to(value, since=before)]

@@ -14,7 +14,7 @@ from hopkit._torch.fakes import FakeMode, autograd_on, bound, in_mode, run_in_mo
 from hopkit._torch.operator import DispatchMode, Kernel, Key
 from hopkit._torch.tracing import ProxyMode, Tracer
 from hopkit.authored import batched, pushed
-from hopkit.call import Call
+from hopkit.call import Call, as_before
 from hopkit.errors import RuleError, no_gradient
 from hopkit.handwritten import hand_written
 from hopkit.region import outline, outlined
@@ -147,7 +147,8 @@ def _fake(op: str, mode: Mode, answers: Sequence[Answer], decode: Decode) -> dic
     def kernel(fake_mode: FakeMode, /, *args: object, **kwargs: object) -> object:
         call = decode(*args, **kwargs)
         # A weight that a subgraph closes over may be real where the operands are fake.
-        call = call.replace(inputs=[in_mode(value, fake_mode) for value in call.inputs])
+        inputs = [in_mode(value, fake_mode) for value in call.inputs]
+        call = call.replace(graphs=list(map(as_before, call.graphs)), inputs=inputs)
         return run_in_mode(lambda: bound(result(call), call.inputs), fake_mode)
 
     def result(call: Call) -> object:

@@ -285,8 +285,10 @@ class Op(Generic[P, R]):
             )
         if state.beyond_recording(trees.leaves(operands)):
             return False
-        if state.transforming() or state.forward_mode():
+        if state.transforming():
             return self._transform_asks()
+        if state.forward_mode():  # a derivative has no word on tangents, unless it says so
+            return self._asking.tangents or self._transform_asks()
         if "jvp" in self._asking.transforms and any(map(has_tangent, trees.leaves(operands))):
             return True  # in a graph that has entered dual numbers without telling Python
         if self._asking.always or (self.spec.effectful and state.functionalizing()):
@@ -374,7 +376,8 @@ class Op(Generic[P, R]):
         told = call()
         if torch.compiler.is_exporting() or not needs_gradient(told.inputs):
             return False
-        return self._asking.derivative or bool(told.unseen)
+        # Of a body that decides on values there is nothing else to record.
+        return (self._asking.derivative and self.spec.outputs is None) or bool(told.unseen)
 
     def _plain(self, values: Mapping[str, object]) -> tuple[object, object, dict[str, object]] | None:
         # Rules that see the author's arguments, and those that transform them, need the layout.

@@ -409,6 +409,8 @@ def _examples(
             if len(given) == count:
                 return given
             found = f"gave {len(given)} tuples"
+    except (HopkitError, Unrecordable):
+        raise
     except Exception as error:
         found, cause = f"raised {type(error).__name__}: {error}", error
     raise SpecError(

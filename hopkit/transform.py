@@ -215,7 +215,7 @@ def vjp(run: Flat, wrt: Sequence[int], given: Sequence[int]) -> Flat:
         hooked = contextlib.nullcontext() if again else unhooked()  # of what is used up here nobody saves anything
         with torch.inference_mode(False), autograd_on(), torch.enable_grad(), hooked:
             for i in wrt:
-                primals[i] = _leaf(cast("torch.Tensor", primals[i]))
+                primals[i] = leaf(cast("torch.Tensor", primals[i]))
             outputs = run(primals)
             pairs = [
                 (output, _sized(cast("torch.Tensor", gradient), output))
@@ -260,7 +260,7 @@ def _sized(gradient: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     return torch.zeros_like(value, dtype=gradient.dtype) + gradient.sum()
 
 
-def _leaf(tensor: torch.Tensor) -> torch.Tensor:
+def leaf(tensor: torch.Tensor) -> torch.Tensor:
     """``tensor`` as something to differentiate by, on its own: other inputs may have been computed from it."""
     if torch.is_grad_enabled() and tensor.requires_grad:
         return tensor.view_as(tensor)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import hopkit
+from hopkit.extend.body import computed_again
 from tests.modes import Names, Passing
 from tests.recording import define_once, define_twice, record, same
 
@@ -227,3 +228,31 @@ def test_a_node_in_a_checkpoint_saves_nothing_that_its_body_does_not() -> None:
     x = X.clone().requires_grad_()
     torch.vmap(summed(once))(x).sum().backward()
     same(x.grad, torch.ones_like(X))
+
+
+@pytest.mark.parametrize("backend", [None, "aot_eager"])
+def test_a_body_may_compute_a_part_again(backend: str | None) -> None:
+    def define(name: str, run: Function) -> hopkit.Op[..., Tensor]:
+        @hopkit.define(name)
+        def part(body: hopkit.Subgraph, x: Tensor) -> Tensor:
+            result: Tensor = run(body, x)
+            return result * 2
+
+        return part
+
+    found = []
+    for op in (define("t_all", lambda body, x: body(x)), define("t_part", computed_again)):
+
+        def function(x: Tensor, w: Tensor, op: Any = op) -> Any:
+            return op(lambda y: torch.tanh(torch.tanh(y @ w) @ w), x)
+
+        found.append(trained(torch.compile(function, backend=backend) if backend else function))
+    (want, ran), (got, again) = found
+    same(got, want)
+    assert again.count("aten.mm.default") == ran.count("aten.mm.default") + 2
+    graph = record(lambda x, w: torch.autograd.grad(function(x, w).sum(), [x, w]), *leaves())
+    same(graph(X, W), want[1:])
+
+
+def leaves() -> list[Tensor]:
+    return [X.clone().requires_grad_(), W.clone().requires_grad_()]

@@ -177,6 +177,20 @@ def test_a_fault_of_inputs_is_told(inputs: Any, found: str) -> None:
         make_fx(lambda x: branch(torch.sin, torch.cos, x))(X)
 
 
+def test_what_inputs_refuses_itself_is_told_in_its_words() -> None:
+    def inputs(body: Subgraph, x: Tensor) -> tuple[tuple[Tensor]]:
+        if body(x).dim():
+            raise CallError("op 't_scalar'", "got a matrix", why="it takes numbers", todo="Sum it")
+        return ((x,),)
+
+    @hopkit.define("t_scalar", inputs=inputs)
+    def scalar(body: Subgraph, x: Tensor) -> Tensor:
+        return body(x)
+
+    with pytest.raises(CallError, match=r"^op 't_scalar' got a matrix"):
+        make_fx(lambda x: scalar(torch.sin, x))(X)
+
+
 @pytest.mark.parametrize("properties", [{"foo": 1}, {"samples": [1]}, {"pure": "no"}, {"inputs": ()}])
 def test_a_property_of_another_kind(properties: Any) -> None:
     with pytest.raises(SpecError, match="define\\('t_props'\\) got"):

@@ -20,6 +20,7 @@ from hopkit import HopkitError, Op, OpSpec, Subgraph
 from hopkit._torch import trees
 from hopkit.errors import PluginError
 from hopkit.extend import Call
+from hopkit.extend.autograd import every_level
 from hopkit.extend.jvp import Tangents
 from hopkit.extend.vmap import Batch, on_call
 from hopkit.layout import loads
@@ -457,3 +458,29 @@ def test_a_rule_that_gives_no_pair(mode: Any) -> None:
     with pytest.raises(HopkitError, match=f"{mode} rule of op 't_reduced'.*return `\\(out, out_"):
         calls[mode]()
     same(vmap(torch.sin)(X), X.sin())  # nothing is left behind
+
+
+def test_a_jvp_of_ones_own_is_right_where_levels_are_nested() -> None:
+    class Sine(torch.autograd.Function):
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(x: Tensor) -> Tensor:
+            return x.sin()
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+            ctx.save_for_forward(*inputs)
+
+        @staticmethod
+        @every_level
+        def jvp(_: object, saved: tuple[Tensor], tangent: Tensor) -> Tensor:
+            return saved[0].cos() * tangent
+
+    sine: Any = Sine.apply
+    for order, want in enumerate((W.cos(), -W.sin(), -W.cos()), 1):
+        function = sine
+        for _ in range(order):
+            function = jacfwd(function)
+        same(vmap(function)(W), want)
+        same(torch.stack([function(w) for w in W]), want)

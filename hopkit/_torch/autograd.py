@@ -223,6 +223,25 @@ def passed_on(run: Callable[[Sequence[object]], object], inputs: Sequence[object
     return trees.map_only(torch.Tensor, level.wrap, outputs)
 
 
+def every_level(jvp: Callable[..., object]) -> Callable[..., object]:
+    """The ``jvp`` of a ``torch.autograd.Function``, where levels of forward mode are nested too.
+
+    torch turns all of them off in it, also those around the one that asks: ``jacfwd(jacfwd(f))`` would be zero.
+
+    Args:
+        jvp: ``jvp(ctx, saved, *tangents)``, with the tensors that were saved for it.
+    """
+
+    def run(ctx: FunctionCtx, *tangents: object) -> object:
+        saved = cast("_Context", ctx).saved_tensors
+        primal = [levels.without_tangent(value) for value in (*saved, *tangents)]
+        with forward_ad._set_fwd_grad_enabled(True):
+            found = jvp(ctx, primal[: len(saved)], *primal[len(saved) :])
+        return trees.map_leaves(levels.without_tangent, found)  # of what ``jvp`` closes over
+
+    return run
+
+
 def computed(tensor: torch.Tensor) -> torch.Tensor:
     """A leaf as if it had been computed: it may be written to, and a backward does not get past it."""
     return _PAST_INPUTS(tensor)

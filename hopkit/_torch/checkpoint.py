@@ -1,17 +1,30 @@
-"""Activation checkpointing (torch/utils/checkpoint.py). A selective policy is asked about an op before its inside."""
+"""Activation checkpointing (torch/utils/checkpoint.py). A selective policy is asked about an op before its inside.
+
+Where a graph is recorded, torch's partitioners go by the tags of its nodes (torch/_functorch/partitioners.py); without
+them they choose what to save as they do everywhere.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TypeVar, cast
 
 import torch
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils import checkpoint
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, SelectiveCheckpointContext, _CachingTorchDispatchMode
 
-from hopkit._torch.fakes import unhooked
-from hopkit._torch.state import dispatch_modes
+from hopkit._torch import trees
+from hopkit._torch.autograd import needs_gradient
+from hopkit._torch.fakes import rehearsing, unhooked
+from hopkit._torch.state import dispatch_modes, forward_mode, transforming
+
+T = TypeVar("T")
+
+_numbers = itertools.count()
 
 _LEFT_TO_THE_INSIDE = (CheckpointPolicy.PREFER_RECOMPUTE, False)
 
@@ -57,3 +70,27 @@ def _one_word(
         yield
     finally:
         mode.policy_fn = policy
+
+
+def computed_again(function: Callable[..., T], *args: object) -> T:
+    """``function(*args)``, of which nothing is saved for backward: it is computed again there, with the same draws.
+
+    As ``torch.utils.checkpoint`` does. In a graph it is up to the partitioner, which is told. Under a transform of
+    torch.func and in forward mode, where torch has no such thing, everything is saved.
+
+    Args:
+        function: May close over tensors.
+        args: Pytrees of tensors.
+    """
+    mode = get_proxy_mode()
+    if mode is not None:
+        graph = mode.tracer.graph
+        before, number = len(graph.nodes), next(_numbers)
+        result = function(*args)
+        trains = needs_gradient(trees.leaves(result))
+        for node in itertools.islice(graph.nodes, before if trains else len(graph.nodes), None):
+            node.meta.update(recompute=CheckpointPolicy.MUST_RECOMPUTE, ac_graph_id=number)
+        return result
+    if rehearsing() or transforming() or forward_mode():
+        return function(*args)
+    return cast("T", checkpoint.checkpoint(function, *args, use_reentrant=False))

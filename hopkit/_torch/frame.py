@@ -177,8 +177,18 @@ class Frame:
 
     def unflatten(self, leaves: Sequence[object], tree: trees.Tree) -> Variable:
         """The pytree of these leaves, each a variable, a value that `value` gave, or a constant."""
-        variables = self._constant([self._variable(leaf) for leaf in leaves])
-        return _make_inlined(self._tx, pytree.tree_unflatten)(variables, self._constant(tree))
+        return self._unflatten(iter([self._variable(leaf) for leaf in leaves]), tree)
+
+    def _unflatten(self, leaves: Iterator[Variable], tree: trees.Tree) -> Variable:
+        if not trees.has_named_tuple(tree):
+            variables = self._constant([next(leaves) for _ in range(tree.num_leaves)])
+            return _make_inlined(self._tx, pytree.tree_unflatten)(variables, self._constant(tree))
+        # Dynamo does not find what torch knows of named tuples, and makes them as code does.
+        children = [self._unflatten(leaves, child) for child in tree.children()]
+        if trees.is_named_tuple(tree):
+            return self._constant(tree.context).call_function(self._tx, children, {})
+        level = trees.one_level(tree)
+        return _make_inlined(self._tx, pytree.tree_unflatten)(self._constant(children), self._constant(level))
 
     def option(self, given: object) -> object:
         """The value of a constant; a symbolic size in it is fixed, with a guard.

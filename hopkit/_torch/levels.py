@@ -163,6 +163,16 @@ def may_have_tangent(tensor: object) -> bool:
     return not any(level.key() == JVP for level in retrieve_all_functorch_interpreters())
 
 
+def without_tangent(value: T) -> T:
+    """A tensor without the tangent that the innermost level of forward mode knows of it."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    if _functorch.is_batchedtensor(value):  # torch does not ask for tangents through a vmap
+        inside, dim = without_tangent(_functorch.get_unwrapped(value)), _functorch.maybe_get_bdim(value)
+        return cast("T", _functorch._add_batch_dim(inside, dim, _functorch.maybe_get_level(value)))
+    return cast("T", forward_ad.unpack_dual(value, level=_DUAL).primal)
+
+
 def _functionalized(tensor: torch.Tensor) -> bool:
     return isinstance(base(tensor), FunctionalTensor)
 

@@ -13,7 +13,7 @@ from typing import cast
 import torch
 
 from hopkit._torch.autograd import NOT_IMPLEMENTED
-from hopkit._torch.fakes import transforms_on
+from hopkit._torch.fakes import autograd_on, transforms_on
 
 Run = Callable[[Sequence[object]], Sequence[torch.Tensor]]
 
@@ -63,7 +63,8 @@ def _like(
     name: str, tensors: Sequence[torch.Tensor], numbers: Sequence[int], order: Sequence[int]
 ) -> list[torch.Tensor]:
     _, like = _runs[name]
-    return [torch.empty_like(t) for t in like(_inputs(tensors, numbers, order))]
+    with transforms_on(), autograd_on():  # a subgraph may differentiate something
+        return [torch.empty_like(t) for t in like(_inputs(tensors, numbers, order))]
 
 
 for _name in ("call", "call_with_effect"):

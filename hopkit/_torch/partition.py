@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import cast
 
 import torch
+from torch._guards import TracingContext, tracing
+from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode, dispatch_functionalize
 from torch.autograd.graph import _engine_run_backward, get_gradient_edge
 from torch.fx import Graph, GraphModule, Node
@@ -219,7 +221,12 @@ def cut(joint: Joint) -> Cut:
     from torch._functorch.partitioners import min_cut_rematerialization_partition
 
     # A view that is saved would be an output of the op.
-    with outside_modes(), config.patch(recompute_views=True), _floats_saved(joint.graph) as graphs:
+    with (
+        outside_modes(),
+        _known_mode(joint.graph),
+        config.patch(recompute_views=True),
+        _floats_saved(joint.graph) as graphs,
+    ):
         forward, backward = min_cut_rematerialization_partition(joint.graph, None, num_fwd_outputs=joint.outputs)
         graphs += [forward, backward]
     computed = _outputs(forward)
@@ -259,6 +266,16 @@ def _floats_saved(module: GraphModule) -> Iterator[list[GraphModule]]:
         yield graphs
     finally:
         tell(floats)
+
+
+@contextlib.contextmanager
+def _known_mode(module: GraphModule) -> Iterator[None]:
+    """Inside, torch finds the mode of a graph's stand-ins, which it needs for draws that are to be made again."""
+    values = [node.meta.get("val") for node in module.graph.nodes]
+    modes = [value.fake_mode for value in values if isinstance(value, FakeTensor)]
+    known = TracingContext.try_get() is None and bool(modes)
+    with tracing(TracingContext(modes[0])) if known else contextlib.nullcontext():
+        yield
 
 
 def again(cut: Cut, joint: Joint) -> Piece | None:

@@ -42,6 +42,25 @@ def is_node(kind: type) -> bool:
     return kind in pytree.SUPPORTED_NODES or pytree.is_namedtuple_class(kind)
 
 
+def is_named_tuple(tree: Tree) -> bool:
+    """Whether this is the structure of a named tuple, whose class is then its ``context``."""
+    return pytree.is_namedtuple_class(tree.context)
+
+
+def has_named_tuple(tree: Tree) -> bool:
+    """Whether there is a named tuple in a structure."""
+    return is_named_tuple(tree) or any(map(has_named_tuple, tree.children()))
+
+
+def one_level(tree: Tree) -> Tree:
+    """A structure whose children are leaves."""
+    children = [object() for _ in tree.children()]
+    spec: Tree = pytree.tree_structure(
+        pytree.SUPPORTED_NODES[tree.type].unflatten_fn(children, tree.context), is_leaf=lambda v: v in children
+    )
+    return spec
+
+
 def is_flat(value: object) -> bool:
     """Whether ``value`` is a plain tuple of leaves."""
     return type(value) is tuple and not any(is_node(type(v)) for v in value)

@@ -6,31 +6,64 @@ All of it means the same in every mode. `hopkit.batched` and `hopkit.anywhere` b
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 
 from hopkit._torch import levels
-from hopkit._torch.autograd import versions
-from hopkit._torch.fakes import Stage
+from hopkit._torch.autograd import differentiable, versions
+from hopkit._torch.checkpoint import computed_again
+from hopkit._torch.fakes import Stage, autograd_on
 from hopkit._torch.functional import memory
 from hopkit._torch.trees import Tree, flatten, leaves, map_leaves, unflatten
 from hopkit._torch.watch import Substitute
-from hopkit.transform import Replayed
+from hopkit.transform import Replayed, leaf
 
 __all__ = [
     "Tree",
+    "computed_again",
     "flatten",
     "is_recorded",
     "leaves",
     "map_leaves",
     "on_stand_ins",
     "own",
+    "pull",
+    "split",
     "unflatten",
     "versions",
 ]
 
 T = TypeVar("T")
+
+
+def pull(function: Callable[[T], object], at: T, gradient: object) -> T:
+    """The gradient of ``at``, where ``gradient`` is that of ``function(at)``: two pytrees of floating-point tensors.
+
+    As ``torch.func.vjp``. It may stand in a subgraph whose captures are in a transform already.
+    """
+    # What a subgraph closes over is seen where an operator takes it.
+    at, gradient = map_leaves(_touched, (at, gradient))
+    if levels.top() is not None:
+        return cast("T", torch.func.vjp(function, at)[1](gradient)[0])
+    again = torch.is_grad_enabled()
+    with autograd_on(), torch.enable_grad():
+        point = map_leaves(lambda t: leaf(cast("torch.Tensor", t)), at)
+        results = cast("list[torch.Tensor]", leaves(function(point)))
+        pairs = [pair for pair in zip(results, leaves(gradient), strict=True) if pair[0].requires_grad]
+        inputs, tree = flatten(point)
+        found = torch.autograd.grad(
+            [result for result, _ in pairs],
+            cast("list[torch.Tensor]", inputs),
+            [cast("torch.Tensor", g) for _, g in pairs],
+            create_graph=again,
+            materialize_grads=True,
+        )
+    return cast("T", unflatten(found, tree))
+
+
+def _touched(leaf: object) -> object:
+    return cast("torch.Tensor", leaf).view_as(cast("torch.Tensor", leaf))
 
 
 def own(result: T, inputs: Sequence[object]) -> T:
@@ -80,3 +113,21 @@ def on_stand_ins(function: Callable[[], T]) -> T:
 def _memory(tensor: torch.Tensor) -> object:
     found = memory(levels.base(tensor))
     return id(tensor) if found is None else found
+
+
+def split(value: T) -> tuple[list[torch.Tensor], Callable[..., T]]:
+    """The tensors of a pytree that have derivatives, and ``fill(tensors)``, the pytree with others in their place.
+
+    ``fill(tensors, None)`` has None in place of all other leaves.
+    """
+    given, tree = flatten(value)
+    found = {i: cast("torch.Tensor", leaf) for i, leaf in enumerate(given) if differentiable(leaf)}
+
+    def fill(tensors: Sequence[torch.Tensor], rest: object = _SAME) -> T:
+        new = dict(zip(found, tensors, strict=True))
+        return cast("T", unflatten([new.get(i, leaf if rest is _SAME else rest) for i, leaf in enumerate(given)], tree))
+
+    return list(found.values()), fill
+
+
+_SAME = object()
