@@ -29,6 +29,8 @@ VMAP, JVP, GRAD = TransformType.Vmap, TransformType.Jvp, TransformType.Grad
 
 T = TypeVar("T")
 
+_AUTOGRAD = torch._C.DispatchKey.AutogradFunctionality
+
 _DUAL = 0
 """torch has one level of dual numbers, which all of torch.func's share. A graph enters it without telling Python."""
 
@@ -145,8 +147,8 @@ def has_duals() -> bool:
 
 def has_tangent(tensor: object) -> bool:
     """Whether this is a tensor that forward-mode AD knows a tangent of, asked so that nobody records the question."""
-    if not isinstance(tensor, torch.Tensor):
-        return False
+    if not isinstance(tensor, torch.Tensor) or torch._C._dispatch_tls_is_dispatch_key_excluded(_AUTOGRAD):
+        return False  # below autograd nothing has
     if _functionalized(tensor):  # it is nothing without its mode, and inside torch.func torch fails to look twice
         return isinstance(tensor, FunctionalTensor) and forward_ad.unpack_dual(tensor, level=_DUAL).tangent is not None
     with _disable_current_modes():
