@@ -414,7 +414,9 @@ class Op(Generic[P, R]):
         if self.spec.name in _vanished.get():
             return run()
         name = torch.profiler.record_function(self.spec.name) if state.logged() else contextlib.nullcontext()
-        with name, checkpoint.decided(self.operator, args, kwargs):
+        # What a function mode keeps from being a node is one when it is computed again, if the mode is over by then.
+        apart = checkpoint.uncounted() if state.recording() and state.overridden() else contextlib.nullcontext()
+        with name, checkpoint.decided(self.operator, args, kwargs), apart:
             return run()
 
     def _defer(self, result: object) -> object:

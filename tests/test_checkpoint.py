@@ -13,7 +13,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 import hopkit
 from hopkit.extend.body import computed_again
-from tests.modes import Names, Passing
+from tests.modes import Looking, Names, Passing
 from tests.recording import define_once, define_twice, record, same
 
 pytestmark = [
@@ -228,6 +228,18 @@ def test_a_node_in_a_checkpoint_saves_nothing_that_its_body_does_not() -> None:
     x = X.clone().requires_grad_()
     torch.vmap(summed(once))(x).sum().backward()
     same(x.grad, torch.ones_like(X))
+
+
+def test_a_function_mode_around_a_checkpoint_may_be_over_in_backward() -> None:
+    once, x = define_once(), X.clone().requires_grad_()
+
+    def recorded(x: Tensor) -> Tensor:
+        return record(lambda y: once(torch.sin, y).cos(), x)(x)
+
+    with Looking():
+        result = checkpoint(recorded, x, use_reentrant=False)
+    result.sum().backward()
+    same(x.grad, -X.sin().sin() * X.cos())
 
 
 @pytest.mark.parametrize("backend", [None, "aot_eager"])
