@@ -163,9 +163,9 @@ def test_no_steps_are_no_convergence() -> None:
 
 
 WRONG: dict[str, tuple[Function, str]] = {
-    "shape": (lambda b: fixed_point(lambda x: x[:1], b), r"'step'.*gives float64\[1\] for float64\[2\]"),
-    "structure": (lambda b: fixed_point(lambda x: (x,), b), r"'step'.*gives \(float64\[2\],\) for"),
-    "dtype": (lambda b: fixed_point(lambda x: x.float(), b), r"'step'.*gives float32\[2\] for"),
+    "shape": (lambda b: fixed_point(lambda x: x[:1], b), r"'step'.*gives float64\[1\] on cpu for float64\[2\]"),
+    "structure": (lambda b: fixed_point(lambda x: (x,), b), r"'step'.*gives \(float64\[2\] on cpu,\) for"),
+    "dtype": (lambda b: fixed_point(lambda x: x.float(), b), r"'step'.*gives float32\[2\] on cpu for"),
     "no vector": (lambda b: fixed_point(lambda x: x, (b, 1)), "'init' is .*close over the rest"),
 }
 

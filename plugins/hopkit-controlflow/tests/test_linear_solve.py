@@ -210,11 +210,11 @@ def test_a_derivative_that_does_not_converge_is_an_error(run: Function) -> None:
 
 
 WRONG: dict[str, tuple[Any, str]] = {
-    "not square": (lambda b: linear_solve(lambda x: x[:2], b), r"'matvec'.*gives float64\[2\] for float64\[3\]"),
-    "structure": (lambda b: linear_solve(lambda x: (x,), b), r"'matvec'.*gives \(float64\[3\],\) for"),
-    "dtype": (lambda b: linear_solve(lambda x: x.float(), b), r"'matvec'.*gives float32\[3\] for"),
-    "solve": (lambda b: linear_solve(lambda x: x, b, lambda b: b.sum()), r"'solve'.*gives float64\[\] for"),
-    "no vector": (lambda b: linear_solve(lambda x: x, {"b": b, "n": 3}), "'b' is {'b': float64"),
+    "not square": (lambda b: linear_solve(lambda x: x[:2], b), r"'matvec'.*gives float64\[2\] on cpu for float64\[3\]"),
+    "structure": (lambda b: linear_solve(lambda x: (x,), b), r"'matvec'.*gives \(float64\[3\] on cpu,\) for"),
+    "dtype": (lambda b: linear_solve(lambda x: x.float(), b), r"'matvec'.*gives float32\[3\] on cpu for"),
+    "solve": (lambda b: linear_solve(lambda x: x, b, lambda b: b.sum()), r"'solve'.*gives float64\[\] on cpu for"),
+    "no vector": (lambda b: linear_solve(lambda x: x, {"b": b, "n": 3}), "'b' is {b: float64"),
     "two kinds": (lambda b: linear_solve(lambda x: x, (b, b.float())), "'b' is .*one dtype"),
 }
 

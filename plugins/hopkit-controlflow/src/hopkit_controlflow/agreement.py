@@ -22,7 +22,7 @@ def listed(who: str, value: T) -> T:
     """
     if not isinstance(value, (tuple, list)):
         raise hopkit.CallError(
-            who, f"expected a tuple, got {_told(value)}", why="each of it is an argument", todo="Write `(x,)` for one"
+            who, f"expected a tuple, got {told(value)}", why="each of it is an argument", todo="Write `(x,)` for one"
         )
     return value
 
@@ -55,7 +55,7 @@ def alike(op: str, name: str, got: T, other: str, want: object) -> T:
     if tree != wanted_tree:
         differ: tuple[str, str] | None = (_shown(got), _shown(want))
     else:
-        differ = next(((_told(a), _told(b)) for a, b in zip(found, wanted, strict=True) if _kind(a) != _kind(b)), None)
+        differ = next(((told(a), told(b)) for a, b in zip(found, wanted, strict=True) if kind(a) != kind(b)), None)
     if differ is not None:
         raise hopkit.SubgraphError(
             f"subgraph '{name}' of op '{op}'",
@@ -66,11 +66,13 @@ def alike(op: str, name: str, got: T, other: str, want: object) -> T:
     return got
 
 
-def _kind(leaf: object) -> object:
+def kind(leaf: object) -> object:
+    """What has to be equal of two leaves."""
     return (leaf.shape, leaf.dtype, leaf.device) if isinstance(leaf, torch.Tensor) else leaf
 
 
-def _told(leaf: object) -> str:
+def told(leaf: object) -> str:
+    """A leaf, for messages."""
     if not isinstance(leaf, torch.Tensor):
         return f"the {type(leaf).__name__} {leaf}"
     return f"{str(leaf.dtype).removeprefix('torch.')}{list(leaf.shape)} on {leaf.device}"
@@ -88,7 +90,7 @@ def agreed(functions: Sequence[Callable[..., object]], operands: Sequence[object
     """
     if all(map(is_recorded, functions)):
         return
-    key = (*map(_code, functions), *map(_kind, leaves(list(operands))))
+    key = (*map(_code, functions), *map(kind, leaves(list(operands))))
     if key not in _agreed:
         try:
             on_stand_ins(both)

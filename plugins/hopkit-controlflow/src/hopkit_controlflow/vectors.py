@@ -9,6 +9,7 @@ import torch
 
 import hopkit
 from hopkit.extend.body import flatten, leaves, map_leaves, split
+from hopkit_controlflow.agreement import kind, told
 
 T = TypeVar("T")
 
@@ -72,7 +73,7 @@ def fitting(op: str, name: str, got: T, want: object) -> T:
         hopkit.SubgraphError: It is not.
     """
     (found, tree), (wanted, wanted_tree) = flatten(got), flatten(want)
-    if tree != wanted_tree or list(map(_kind, found)) != list(map(_kind, wanted)):
+    if tree != wanted_tree or list(map(kind, found)) != list(map(kind, wanted)):
         raise hopkit.SubgraphError(
             f"subgraph '{name}' of op '{op}'",
             f"gives {shown(got)} for {shown(want)}",
@@ -82,19 +83,6 @@ def fitting(op: str, name: str, got: T, want: object) -> T:
     return got
 
 
-def _kind(leaf: object) -> object:
-    return (leaf.shape, leaf.dtype, leaf.device) if isinstance(leaf, torch.Tensor) else leaf
-
-
 def shown(value: object) -> str:
     """A pytree, with the kinds of its tensors."""
-    return str(map_leaves(lambda leaf: _Kind(leaf) if isinstance(leaf, torch.Tensor) else leaf, value))
-
-
-class _Kind:
-    def __init__(self, tensor: torch.Tensor) -> None:
-        place = "" if tensor.device.type == "cpu" else f"@{tensor.device}"
-        self._text = f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}{place}"
-
-    def __repr__(self) -> str:
-        return self._text
+    return str(map_leaves(told, value)).replace("'", "")
