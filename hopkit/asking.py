@@ -62,15 +62,17 @@ def asking(table: Table, modes: Sequence[Mode]) -> Asking:
     backends = any(isinstance(entry, keys.DispatchKey) for entry in entries)
     by_hand = not written.isdisjoint({"device", "autograd"})
     transforms = written & {"vmap", "jvp", "functionalize"}
-    if "autograd" in written:  # a pair is that of a batch, too
-        transforms |= {"grad", "vmap"} if hasattr(table["autograd"][0].rule, "backward") else {"grad"}
+    derivative = table["autograd"][0].rule if "autograd" in written else None
+    on_calls = takes_calls(derivative)
+    if derivative is not None:  # a pair is that of a batch, too, and a rule on calls is told of it
+        transforms |= {"grad", "vmap"} if on_calls or hasattr(derivative, "backward") else {"grad"}
     return Asking(
         always=by_hand or backends,
         modes=frozenset(classes).difference(subclasses),
         subclasses=subclasses,
         kernels=table["device"] if by_hand and not (subclasses or backends) else (),
-        derivative="autograd" in written,
-        tangents="autograd" in written and takes_calls(table["autograd"][0].rule),
+        derivative=derivative is not None,
+        tangents=on_calls,
         in_place=tuple((entry, table[name]) for name, entry in in_place.items() if isinstance(entry, type)),
         transforms=frozenset(transforms),
         whole=backends or not written.isdisjoint({"device", "functionalize", "proxy", "inductor"}),
