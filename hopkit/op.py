@@ -18,7 +18,6 @@ from hopkit import binding, install, layout, live
 from hopkit._torch import checkpoint, dynamo, inductor, keys, state, trees
 from hopkit._torch.autograd import needs_gradient, raise_in_backward
 from hopkit._torch.fakes import bound, effectless, rehearsing
-from hopkit._torch.levels import functionalizes, has_duals, has_tangent
 from hopkit._torch.operator import Operator
 from hopkit._torch.operator import Place as TorchPlace
 from hopkit._torch.tracing import gradients_changed
@@ -123,7 +122,7 @@ class Op(Generic[P, R]):
         self.revision = ""
         self._derives = spec.autograd == "derive"
         self._deferred_error = raise_in_backward(spec.name)
-        self._asking = Asking()
+        self._asking = Asking(spec)
         self._compared: set[str] = set()
         functools.update_wrapper(self, spec.body)
 
@@ -138,7 +137,7 @@ class Op(Generic[P, R]):
                 binding.bind(self.spec, args, kwargs)  # a call that does not fit gets the better message
                 raise
             except RuntimeError:  # tensors without values, and no mode that says so
-                if not self._declared([args, kwargs]):
+                if not self._asking.declared([args, kwargs]):
                     raise
                 return cast("R", self._enter(args, kwargs))
             return result if self._derives else cast("R", self._defer(result))
@@ -202,7 +201,7 @@ class Op(Generic[P, R]):
         self.table = table
         self.revision = uuid.uuid4().hex
         self.operator.install(install.kernels(self.spec.name, table, modes, self.decode))
-        self._asking = asking(table, modes)
+        self._asking = asking(self.spec, table, modes)
         self._settle()
 
     def _settle(self) -> None:
@@ -238,10 +237,11 @@ class Op(Generic[P, R]):
             except Unrecordable as reason:
                 reason.report(self.spec)
         known = unrehearsable or (self.spec.stood_for and state.transforming())
-        if rehearsing() or (known and self.spec.outputs and self._declared(operands)):
+        if rehearsing() or (known and self.spec.outputs and self._asking.declared(operands)):
             return self._in_place(lambda: run_or_examples(self.spec, values), args, kwargs)
         arguments, keywords = self.spec.arguments(values)
-        body = self._body_for(operands)
+        vanished = self.spec.name in _vanished.get()
+        body = self._body if vanished else self._asking.instead(self._body, operands)
         try:
             result = self._in_place(lambda: body(*arguments, **keywords), args, kwargs)
         except AssertionError as error:
@@ -283,42 +283,7 @@ class Op(Generic[P, R]):
                 or any(state.foreign(leaf) for leaf in trees.leaves(operands))
                 or (self.spec.untransformed and state.transforming())
             )
-        if state.beyond_recording(trees.leaves(operands)):
-            return False
-        if state.transforming():
-            return self._transform_asks()
-        if state.forward_mode():  # a derivative has no word on tangents, unless it says so
-            return self._asking.tangents or self._transform_asks()
-        if "jvp" in self._asking.transforms and any(map(has_tangent, trees.leaves(operands))):
-            return True  # in a graph that has entered dual numbers without telling Python
-        if self._asking.always or (self.spec.effectful and state.functionalizing()):
-            return True
-        if "functionalize" in self._asking.transforms and functionalizes():
-            return True
-        if self._declared(operands):
-            return True
-        for mode in state.dispatch_modes():
-            if type(mode) in self._asking.modes or (state.takes_ops(mode) and checkpoint.stays(mode)):
-                return True
-        subclasses = self._asking.subclasses
-        return bool(subclasses) and any(isinstance(leaf, subclasses) for leaf in trees.leaves(operands))
-
-    def _body_for(self, operands: Sequence[object]) -> Callable[..., object]:
-        """The body, or what takes its place on tensors of a class that a plugin serves."""
-        if not self._asking.in_place or self.spec.name in _vanished.get():
-            return self._body
-        if state.recording() or state.transforming() or state.forward_mode():
-            return self._body
-        for entry, answers in self._asking.in_place:
-            if any(isinstance(leaf, entry) for leaf in trees.leaves(operands)):
-                rules = [functools.partial(cast("Callable[..., object]", a.rule), entry) for a in answers]
-                return functools.partial(ask, self.spec.name, answers[0].mode, [*rules, self._body])
-        return self._body
-
-    def _declared(self, operands: Sequence[object]) -> bool:
-        """Whether the operands have no values, and ``outputs=`` or a rule for that says what the result is."""
-        told = self.spec.outputs is not None or keys.FAKE in self._asking.modes
-        return told and state.shapes_only(trees.leaves(operands))
+        return self._asking.asks(operands)
 
     def _inlined(self) -> bool:
         """Whether Inductor gets the body: it fuses then, and shares what backward needs, like any code."""
@@ -326,13 +291,8 @@ class Op(Generic[P, R]):
             inductor.lower(self.operator, self._lower)
             return False
         deferred = self.spec.autograd == "deferred_error" and torch.is_grad_enabled()  # a node, whose backward raises
-        asked = self._asking.always or deferred or self._transform_asks()
+        asked = self._asking.always or deferred or self._asking.by_transform()
         return not (asked or install.called_back(self.spec) or outlined(self.spec))
-
-    def _transform_asks(self) -> bool:
-        """Whether a rule is written for a transform that is active, or for dual numbers."""
-        written = self._asking.transforms
-        return bool(written) and (not written.isdisjoint(state.transforms()) or ("jvp" in written and has_duals()))
 
     def _lower(self, /, *args: object, **kwargs: object) -> object:
         call = self.decode(*args, **kwargs)
@@ -468,7 +428,7 @@ class Op(Generic[P, R]):
             return self._stamped(call)()
         self._compare(call.layout)
         with _told():
-            stands_in = rehearsing() or (self.spec.stood_for and self._declared(call.inputs))
+            stands_in = rehearsing() or (self.spec.stood_for and self._asking.declared(call.inputs))
             result = self._in_place(call.like_body if stands_in else call.run, args, kwargs)
         return result if state.quiet() else bound(result, call.inputs)
 
