@@ -455,3 +455,34 @@ def test_a_second_derivative_in_a_checkpoint_that_is_linearized() -> None:
         return cast("Tensor", value + push(T))
 
     same(moved(lambda x: op(torch.sin, x)), moved(torch.sin))
+
+
+def test_a_tangent_in_inference_mode_is_recorded() -> None:
+    op = define_once()
+    with torch.inference_mode():
+        _, tangent, *_ = torch.func.jvp(lambda x: record(lambda y: op(torch.sin, y), x)(x), (T,), (T + 1,))
+    same(tangent, T.cos() * (T + 1))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")  # torch's own
+def test_a_functionalized_tangent_of_another_layout_in_a_tangent() -> None:
+    op = define_once()
+
+    def moved(f: Called) -> Called:
+        def tangent(x: Tensor) -> Tensor:
+            return cast("Tensor", torch.func.jvp(f, (x,), (x.sin(),))[1])
+
+        functional = torch.func.functionalize(tangent, remove="mutations_and_views")
+        return lambda x: torch.func.jvp(functional, (x,), (x,))[1]
+
+    def turned(y: Tensor) -> Tensor:
+        return y.t() * y.sum()
+
+    same(record(moved(lambda x: op(turned, x)), X)(X + 1), moved(turned)(X + 1))
+
+
+def test_a_mode_that_takes_ops_whole_sees_a_subclass_in_inference_mode() -> None:
+    op, boxed = define_once(), cast("Any", Boxed)(T)
+    with Passing(True), torch.inference_mode():
+        result: Any = op(torch.sin, boxed)
+    same(result.held, T.sin())

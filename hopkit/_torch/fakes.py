@@ -225,7 +225,7 @@ def stand_in(tensor: torch.Tensor, mode: FakeTensorMode) -> torch.Tensor:
         else:
             # Of what is no leaf torch would ask for the gradient, and warn of that.
             tensor = tensor if tensor.is_leaf else tensor.detach()
-            with mode:
+            with mode, torch.inference_mode(tensor.is_inference()):  # its stand-in has a version, or none, as it has
                 fake = mode.from_tensor(tensor, static_shapes=True).detach()
         if parameter:
             fake._is_param = True  # code may ask

@@ -147,8 +147,12 @@ def has_duals() -> bool:
 
 def has_tangent(tensor: object) -> bool:
     """Whether this is a tensor that forward-mode AD knows a tangent of, asked so that nobody records the question."""
-    if not isinstance(tensor, torch.Tensor) or torch._C._dispatch_tls_is_dispatch_key_excluded(_AUTOGRAD):
-        return False  # below autograd nothing has
+    if not isinstance(tensor, torch.Tensor):
+        return False
+    if torch._C._dispatch_tls_is_dispatch_key_excluded(_AUTOGRAD) and not _functorch.is_functorch_wrapped_tensor(
+        tensor
+    ):
+        return False  # below autograd nothing has, but for what torch.func made
     if _functionalized(tensor):  # it is nothing without its mode, and inside torch.func torch fails to look twice
         return isinstance(tensor, FunctionalTensor) and forward_ad.unpack_dual(tensor, level=_DUAL).tangent is not None
     with _disable_current_modes():
@@ -242,13 +246,15 @@ class Tangents:
         packed = []
         for i, value in enumerate(values):
             if isinstance(value, torch.Tensor):
+                tangent = tangents.get(i)
+                if tangent is not None and functionalizes():
+                    with self.lower():  # or torch may lay the tangent out alike, and that has no derivative
+                        value, tangent = (t.clone(memory_format=torch.contiguous_format) for t in (value, tangent))
                 value = _functorch._wrap_for_grad(value, self._level)
-                if i in tangents:
-                    if value.stride() != tangents[i].stride() and 0 in value.stride():
+                if tangent is not None:
+                    if value.stride() != tangent.stride() and 0 in value.stride():
                         value = value.clone()  # torch lays the tangent out alike, and cannot write to what is expanded
-                    value = forward_ad.make_dual(
-                        value, _functorch._wrap_for_grad(tangents[i], self._level), level=_DUAL
-                    )
+                    value = forward_ad.make_dual(value, _functorch._wrap_for_grad(tangent, self._level), level=_DUAL)
             packed.append(value)
         return tuple(packed)
 
