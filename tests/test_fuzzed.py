@@ -209,6 +209,33 @@ def test_an_exported_subgraph_applies_a_transform() -> None:
     same(program.module()(X), X.sin())
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_exported_subgraph_that_differentiates_with_torch_func(strict: bool) -> None:
+    op = define_once()
+
+    class Model(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return op(slope, x)
+
+    with pytest.raises(hopkit.SubgraphError, match=r"'t_once' differentiates with torch\.func.*torch\.autograd\.grad"):
+        torch.export.export(Model(), (T,), strict=strict)
+
+
+def test_an_exported_subgraph_that_differentiates_otherwise() -> None:
+    op = define_once()
+
+    def inside(x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            leaf = x.detach().requires_grad_()
+            return torch.autograd.grad((leaf.sin() * leaf).sum(), leaf)[0]
+
+    class Model(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return op(inside, x)
+
+    same(torch.export.export(Model(), (T,), strict=False).module()(T * 2), slope(T * 2))
+
+
 def test_an_op_that_gives_no_tensor_in_a_batch() -> None:
     @hopkit.define("t_none")
     def none(body: Subgraph, x: Tensor) -> None:

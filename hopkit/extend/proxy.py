@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -9,8 +10,10 @@ import torch
 from torch.fx import GraphModule
 
 from hopkit._torch.autograd import needs_gradient
+from hopkit._torch.levels import base
 from hopkit._torch.tracing import Tracer
 from hopkit.call import Call, GraphLike, key_of, with_gradients
+from hopkit.errors import SubgraphError
 from hopkit.layout import Meta, Slots
 
 __all__ = ["ProxyRule", "Tracer", "lifted", "needs_gradient", "node", "trace"]
@@ -34,10 +37,21 @@ def lifted(tracer: Tracer, call: Call) -> Call:
     """``call`` with the constants of its graphs, such as a tensor that a subgraph makes, as inputs: so it can be saved.
 
     A node that has no layout stays as it is.
+
+    Raises:
+        SubgraphError: A graph holds what a transform of torch.func made, which is nothing outside of it.
     """
     if call.layout is None:
         return call
-    return call.capturing([tracer.lift(graph) if isinstance(graph, GraphModule) else () for graph in call.graphs])
+    constants = [tracer.lift(graph) if isinstance(graph, GraphModule) else () for graph in call.graphs]
+    if any(base(constant) is not constant for constant in itertools.chain(*constants)):
+        raise SubgraphError(
+            f"a subgraph of op '{call.op.name}'",
+            "differentiates with torch.func, and cannot be exported like that",
+            why="torch.export loses what torch.func wraps, and the program would compute with a stand-in",
+            todo="Use `torch.autograd.grad` in it, and export with `strict=False`",
+        )
+    return call.capturing(constants)
 
 
 def node(tracer: Tracer, call: Call, *, gives: Call | None = None) -> object:
