@@ -160,19 +160,19 @@ def test_the_result_may_be_written_to() -> None:
 
 WRONG: dict[str, tuple[Any, Any, str]] = {
     "no pair": (torch.sin, lambda _, g: (g,), "'forward'.*gives a .*Tensor"),
-    "no tuple": (lambda x: (x.sin(), ()), lambda _, g: g, r"'backward'.*gives float64\[3\] for 1 operands"),
+    "no tuple": (lambda x: (x.sin(), ()), lambda _, g: g, r"'backward'.*gives float64\[3\] on cpu for 1 operands"),
     "too many": (lambda x: (x.sin(), ()), lambda _, g: (g, g), r"'backward'.*for 1 operands"),
     "structure": (
         lambda x: (x.sin(), ()),
         lambda _, g: ((g,),),
-        r"'backward'.*\(float64\[3\],\) for operand 0, which",
+        r"'backward'.*\(float64\[3\] on cpu,\) for operand 0, which",
     ),
     "shape": (
         lambda x: (x.sin(), ()),
         lambda _, g: (g.sum(),),
-        r"'backward'.*float64\[\] for float64\[3\], which is in",
+        r"'backward'.*float64\[\] on cpu for float64\[3\] on cpu, which is in",
     ),
-    "no tensor": (lambda x: (x.sin(), ()), lambda _, g: (1.0,), r"'backward'.*1.0 for float64\[3\], which is in"),
+    "no tensor": (lambda x: (x.sin(), ()), lambda _, g: (1.0,), r"'backward'.*1.0 for float64\[3\] on cpu, which is in"),
 }
 
 
