@@ -234,7 +234,8 @@ def test_a_function_mode_around_a_checkpoint_may_be_over_in_backward() -> None:
     once, x = define_once(), X.clone().requires_grad_()
 
     def recorded(x: Tensor) -> Tensor:
-        return record(lambda y: once(torch.sin, y).cos(), x)(x)
+        result: Tensor = record(lambda y: once(torch.sin, y).cos(), x)(x)
+        return result
 
     with Looking():
         result = checkpoint(recorded, x, use_reentrant=False)
