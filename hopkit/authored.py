@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import cast
 
@@ -48,12 +47,11 @@ def pushed(rule: Rule, level: Tangents, call: Call) -> object:
 
     Under `torch.vmap` it is asked about one item.
     """
-    assert call.layout is not None
     primals, tangents = level.unpack(call.inputs)
-    if not call.batched_alone:
+    batches, item = call.batches, call.item
+    if batches is None:
         raise Decline("it is written for the op and batches of it, and this is another transform")
     _check(call, list(tangents), "a tensor with a tangent")
-    item = call.replace(layout=dataclasses.replace(call.layout, transforms=()))
     told: list[bool] = []
 
     def run(values: Sequence[object]) -> tuple[object, ...]:
@@ -67,7 +65,7 @@ def pushed(rule: Rule, level: Tangents, call: Call) -> object:
         return (*_chosen(item, "jvp", leaves), *(t for t in found if isinstance(t, torch.Tensor)))
 
     mapped: Flat = run
-    for _, dims, randomness in cast("tuple[tuple[str, Sequence[int | None], str], ...]", call.layout.transforms):
+    for dims, randomness in batches:
         mapped = vmap(mapped, (*dims, *(dims[i] for i in tangents)), randomness)
     with duals_shared(), level.lower():
         found = mapped([*primals, *tangents.values()])

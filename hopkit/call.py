@@ -221,9 +221,20 @@ class Call:
         return self.layout is not None and bool(self.layout.transforms)
 
     @property
-    def batched_alone(self) -> bool:
-        """Whether this is the op itself, or the op for every item of a batch."""
-        return self.layout is not None and all(name == "vmap" for name, *_ in self.layout.transforms)
+    def batches(self) -> tuple[tuple[tuple[int | None, ...], str], ...] | None:
+        """Of every vmap that the call is under, from the inside out, the dimensions of its inputs, and the randomness.
+
+        None: It is under another transform, or has no layout.
+        """
+        if self.layout is None or any(name != "vmap" for name, *_ in self.layout.transforms):
+            return None
+        return tuple(cast("tuple[tuple[int | None, ...], str]", step[1:]) for step in self.layout.transforms)
+
+    @property
+    def item(self) -> Call:
+        """The call without its transforms: where those are vmaps, that of one item."""
+        assert self.layout is not None
+        return self.replace(layout=dataclasses.replace(self.layout, transforms=()))
 
     @property
     def derivative(self) -> bool:
@@ -338,20 +349,17 @@ class Call:
             return False
         stage, count = Stage(self.inputs), Count()
 
-        def stand_in(value: object) -> object:
-            return stage.fake(value) if isinstance(value, torch.Tensor) and not stage.owns(value) else value
-
         def inside(graph: GraphLike) -> GraphLike:
             def run(*inputs: object) -> object:
                 if count.operators > most:  # said here, where an error is sure to arrive
                     raise OverflowError
-                with Substitute(stand_in):
+                with Substitute(stage.stand_in):
                     return sizes.readable(graph)(*inputs)
 
             return run
 
         with stage.open():
-            call = self.replace(graphs=list(map(inside, self.graphs)), inputs=list(map(stand_in, self.inputs)))
+            call = self.replace(graphs=list(map(inside, self.graphs)), inputs=list(map(stage.stand_in, self.inputs)))
             try:
                 with count:
                     call.run()
@@ -371,14 +379,11 @@ class Call:
         writing: list[set[int]] = [set() for _ in self.graphs]
         shared: list[bool] = []
 
-        def stand_in(value: object) -> object:
-            return stage.fake(value) if isinstance(value, torch.Tensor) and not stage.owns(value) else value
-
         def probe(index: int) -> GraphLike:
             def graph(*inputs: object) -> object:
                 seen[index].append(tuple(map(stage.plain, inputs)))
                 function, before = self.graphs[index], len(watch.written)
-                with Substitute(stand_in) as mode:
+                with Substitute(stage.stand_in) as mode:
                     result = sizes.readable(as_before(function))(*inputs)
                 told.append(mode.opaque)
                 tensors = {i: value for i, value in enumerate(inputs) if isinstance(value, torch.Tensor)}
@@ -390,7 +395,7 @@ class Call:
             return graph
 
         with stage.open():
-            fakes = tuple(given(stand_in(value)) for value in self.inputs)
+            fakes = tuple(given(stage.stand_in(value)) for value in self.inputs)
             # What requires a gradient and is written to was computed, or gradients are off where it counts.
             fakes = tuple(_writable(fake) if i in declared else fake for i, fake in enumerate(fakes))
             rehearsed = self.replace(graphs=[probe(i) for i in range(len(self.graphs))], inputs=fakes)

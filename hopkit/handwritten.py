@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
@@ -15,7 +14,7 @@ from hopkit.call import Call
 from hopkit.codec import Slot
 from hopkit.errors import CaptureError, RuleError
 from hopkit.layout import Slots, fill
-from hopkit.transform import Flat, vmap
+from hopkit.transform import Flat, of_inputs, vmap
 
 
 def hand_written(rule: Any, call: Call) -> object:
@@ -32,10 +31,8 @@ class _HandWritten(Step):
     """The pair as one step of the tape; under `torch.vmap`, the pair for one item, batched."""
 
     def __init__(self, rule: Any, call: Call) -> None:
-        assert call.layout is not None
         self._rule, self._inputs = rule, call.inputs
-        self._levels = cast("tuple[tuple[str, Sequence[int | None], str], ...]", call.layout.transforms)
-        self._call = call.replace(layout=dataclasses.replace(call.layout, transforms=()))
+        self._levels, self._call = call.batches or (), call.item
         self._saved: object = None
         self._tensors: list[int] = []
         self._places: list[tuple[str, int]] = []
@@ -44,8 +41,8 @@ class _HandWritten(Step):
 
     def forward(self, inputs: tuple[object, ...]) -> tuple[tuple[object, ...], tuple[object, ...]]:
         run: Flat = self._forward
-        for _, dims, randomness in self._levels:
-            run = vmap(run, tuple(dims), randomness)
+        for dims, randomness in self._levels:
+            run = vmap(run, dims, randomness)
         found = run(inputs)
         made = sum(kind == _MADE for kind, _ in self._places)
         known = {_INPUT: inputs, _OUTPUT: found[: len(found) - made], _MADE: found[len(found) - made :]}
@@ -82,8 +79,9 @@ class _HandWritten(Step):
         self, saved: tuple[object, ...], gradients: tuple[torch.Tensor | None, ...]
     ) -> Sequence[torch.Tensor | None]:
         given = [i for i, gradient in enumerate(gradients) if gradient is not None]
+        run: Callable[[Sequence[object]], Sequence[torch.Tensor]]
         run = functools.partial(self._backward, len(gradients), given)
-        for _, dims, randomness in self._levels:
+        for dims, randomness in self._levels:
             run = functools.partial(self._batched, run, dims, randomness)
         found = iter(run([*saved, *(gradients[i] for i in given)]))
         return [next(found) if i in self._wrt else None for i in range(len(self._inputs))]
@@ -94,16 +92,12 @@ class _HandWritten(Step):
         dims: Sequence[int | None],
         randomness: str,
         values: Sequence[object],
-    ) -> list[torch.Tensor]:
-        """``run`` for every item. What is one for all of them has the sum of their gradients."""
+    ) -> Sequence[torch.Tensor]:
+        """``run`` for every item."""
         taken = [dims[i] if kind == _INPUT else 0 for kind, i in self._places]
         taken += [0] * (len(values) - len(taken))
         found = torch.vmap(lambda *values: tuple(run(values)), in_dims=tuple(taken), randomness=randomness)(*values)
-        totals = list[torch.Tensor]()
-        for i, gradient in zip(self._wrt, found, strict=True):
-            dim = dims[i]
-            totals.append(gradient.sum(0) if dim is None else gradient.movedim(0, dim))
-        return totals
+        return of_inputs(found, [dims[i] for i in self._wrt])
 
     def _backward(self, count: int, given: Sequence[int], values: Sequence[object]) -> list[torch.Tensor]:
         """The gradients of those inputs that have one, which are then known by number."""

@@ -229,7 +229,7 @@ def _on_calls(rule: object) -> Function:
         return cast("Function", rule)
 
     def on_call(call: Call) -> object:
-        if not call.batched_alone:
+        if call.batches is None:
             raise Decline("it is written for the op and batches of it, and this is another transform")
         if call.written:
             raise Decline("it does not say what gradient a tensor has that the op writes to")

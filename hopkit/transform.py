@@ -294,6 +294,15 @@ def vmap(run: Flat, dims: tuple[int | None, ...], randomness: str) -> Flat:
     return transformed
 
 
+def of_inputs(gradients: Sequence[torch.Tensor], dims: Sequence[int | None]) -> tuple[torch.Tensor, ...]:
+    """Gradients for every item, in their first dimension, as those of inputs that are batched in ``dims``.
+
+    What is one for all items has the sum of theirs.
+    """
+    pairs = zip(gradients, dims, strict=True)
+    return tuple(gradient.sum(0) if dim is None else gradient.movedim(0, dim) for gradient, dim in pairs)
+
+
 def jvp(run: Flat, wrt: Sequence[int], given: Sequence[int]) -> Flat:
     """``run`` and its derivative: tangents of the inputs ``wrt`` follow the inputs, those of outputs ``given`` them."""
 

@@ -120,6 +120,10 @@ class Stage:
         """A stand-in of the same size, stride, dtype, device and ``requires_grad``. Call it inside `open`."""
         return stand_in(tensor, self.mode)
 
+    def stand_in(self, value: object) -> object:
+        """A stand-in, if this is a tensor from outside."""
+        return self.fake(value) if isinstance(value, torch.Tensor) and not self.owns(value) else value
+
     def plain(self, value: object) -> object:
         """A stand-in of one item, where ``value`` is what a transform of torch.func makes of many."""
         wrapped = isinstance(value, torch.Tensor) and is_functorch_wrapped_tensor(value)
@@ -295,11 +299,21 @@ def bound(result: object, inputs: Sequence[object]) -> object:
     return trees.map_leaves(leaf, result) if hidden else result
 
 
-@contextlib.contextmanager
-def autograd_on() -> Iterator[None]:
+def autograd_on() -> contextlib.AbstractContextManager[None]:
     """Lets autograd see what runs inside, also in a rule that torch entered below autograd."""
+    return _asked(_AUTOGRAD_KEYS)
+
+
+def transforms_on() -> contextlib.AbstractContextManager[None]:
+    """Lets torch.func work inside, also in a kernel that torch entered from within a dispatch mode."""
+    return _asked(_FUNC_KEYS)
+
+
+@contextlib.contextmanager
+def _asked(keys: torch._C.DispatchKeySet) -> Iterator[None]:
+    """Inside, the kernels of these keys are asked."""
     include, exclude = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
-    with torch._C._ForceDispatchKeyGuard(include, exclude - _AUTOGRAD_KEYS):
+    with torch._C._ForceDispatchKeyGuard(include, exclude - keys):
         yield
 
 
@@ -310,14 +324,6 @@ def _autograd_keys() -> torch._C.DispatchKeySet:
 
 
 _AUTOGRAD_KEYS = _autograd_keys()
-
-
-@contextlib.contextmanager
-def transforms_on() -> Iterator[None]:
-    """Lets torch.func work inside, also in a kernel that torch entered from within a dispatch mode."""
-    include, exclude = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
-    with torch._C._ForceDispatchKeyGuard(include, exclude - _FUNC_KEYS):
-        yield
 
 
 _FUNC_KEYS = (

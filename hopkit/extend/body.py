@@ -102,11 +102,7 @@ def on_stand_ins(function: Callable[[], T]) -> T:
         Exception: What ``function`` raises, which may need values.
     """
     stage = Stage([])
-
-    def stand_in(value: object) -> object:
-        return stage.fake(value) if isinstance(value, torch.Tensor) and not stage.owns(value) else value
-
-    with stage.open(), Substitute(stand_in) as mode:
+    with stage.open(), Substitute(stage.stand_in) as mode:
         return mode.replaced(function())
 
 

@@ -5,18 +5,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
-from torch.autograd import forward_ad
 
 from hopkit._torch.autograd import Step, apply, below_autograd, differentiable, dual, needs_gradient
-from hopkit._torch.levels import Tangents
+from hopkit._torch.levels import Duals, Tangents
 from hopkit.call import Call
 from hopkit.extend.body import split
 from hopkit.rule import Decline, on_call
+from hopkit.transform import of_inputs
 
 if TYPE_CHECKING:
     from hopkit.op import Op
@@ -49,9 +48,8 @@ class _At:
     """An equation at one call's inputs."""
 
     def __init__(self, equation: Equation, call: Call, inputs: Sequence[object], outputs: Tensors) -> None:
-        assert call.layout is not None
         self._equation, self._inputs = equation, inputs
-        self._call = call.replace(layout=dataclasses.replace(call.layout, transforms=()))
+        self._call = call.item
         self._values = self._call.replace(inputs=inputs).values()
         xs, self._fill = split(self._values[equation.like])
         self._count = len(xs)
@@ -81,10 +79,9 @@ class _At:
 
 def _batches(call: Call) -> list[tuple[int | None, ...]]:
     """Of every vmap that the call is under, from the inside out, the dimensions of its inputs."""
-    assert call.layout is not None
-    if any(name != "vmap" for name, *_ in call.layout.transforms):
+    if call.batches is None:
         raise Decline("it is another derivative already")
-    return [cast("tuple[int | None, ...]", dims) for _, dims, _ in call.layout.transforms]
+    return [dims for dims, _ in call.batches]
 
 
 class _Implicit(Step):
@@ -126,8 +123,7 @@ class _Implicit(Step):
 def _batched(run: Any, dims: tuple[int | None, ...], wrt: Sequence[int]) -> Any:
     def batched(inputs: Sequence[object], outputs: Tensors, gradients: Tensors) -> Tensors:
         found = torch.vmap(run, in_dims=(dims, 0, 0))(tuple(inputs), outputs, gradients)
-        at = [dims[i] for i in wrt]
-        return tuple(g.sum(0) if dim is None else g.movedim(0, dim) for g, dim in zip(found, at, strict=True))
+        return of_inputs(found, [dims[i] for i in wrt])
 
     return batched
 
@@ -147,6 +143,17 @@ def _pushed(
     return outputs, run(tuple(inputs), outputs, tuple(tangents.values()))
 
 
+def _dual(equation: Equation, level: Tangents, call: Call) -> object:
+    """The outputs of the call, with their tangents."""
+    _batches(call)
+    inputs, tangents = level.unpack(call.inputs)
+    if not tangents:
+        raise Decline("nothing has a tangent")
+    with level.lower():
+        outputs, found = _pushed(equation, call, inputs, tangents)
+    return level.pack(outputs, dict(enumerate(found)))
+
+
 def derive(op: Op[..., Any], equation: Equation) -> None:
     """Let ``op``, which solves ``equation``, have its derivatives by it in every mode."""
 
@@ -155,12 +162,7 @@ def derive(op: Op[..., Any], equation: Equation) -> None:
     def on_tape(call: Call) -> object:
         _batches(call)
         if dual(call.inputs):
-            pairs = {i: forward_ad.unpack_dual(v) for i, v in enumerate(call.inputs) if isinstance(v, torch.Tensor)}
-            inputs = [pairs[i].primal if i in pairs else v for i, v in enumerate(call.inputs)]
-            given = {i: pair.tangent for i, pair in pairs.items() if pair.tangent is not None}
-            outputs, found = _pushed(equation, call, inputs, given)
-            duals = map(forward_ad.make_dual, cast("Tensors", outputs), found)
-            return (*duals, *outputs[len(found) :])
+            return _dual(equation, Duals(), call)
         if needs_gradient(call.inputs):
             return apply(_Implicit(equation, call), call.inputs)
         with below_autograd():
@@ -169,10 +171,4 @@ def derive(op: Op[..., Any], equation: Equation) -> None:
     @op.rule("jvp")
     @on_call
     def in_forward_mode(level: Tangents, call: Call) -> object:
-        _batches(call)
-        inputs, tangents = level.unpack(call.inputs)
-        if not tangents:
-            raise Decline("nothing has a tangent")
-        with level.lower():
-            outputs, found = _pushed(equation, call, inputs, tangents)
-        return level.pack(outputs, dict(enumerate(found)))
+        return _dual(equation, level, call)
