@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -72,6 +73,28 @@ def test_a_body_that_decides_on_a_value_is_called() -> None:
     run = torch.compile(lambda x: branch(lambda y: y * W, lambda y: y, x) + 1, fullgraph=True)
     for x in (X + 1, X - 1):
         same(run(x), (x * W if x.sum() > 0 else x) + 1)
+
+
+def test_what_is_called_may_give_one_tensor_twice() -> None:
+    """Inductor writes over the memory of a value that is needed no more."""
+
+    @hopkit.define(
+        "t_twice", inputs=lambda body, x: ((x,),), outputs=lambda body, x: (torch.empty_like(x), torch.empty_like(x))
+    )
+    def twice(body: Subgraph, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = body(x) if x.isfinite().all() else x
+        return y, y.view_as(y)
+
+    def run(x: Tensor, use: Callable[..., tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        once, again = use(torch.sin, x)
+        first = (once + 1).relu() @ x
+        return first, (again * 2) @ first
+
+    def plain(body: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+        return body(x), body(x)
+
+    x = torch.linspace(-1.0, 1.0, 64).reshape(8, 8)
+    same(torch.compile(run, fullgraph=True)(x, twice), run(x, plain))
 
 
 def test_an_effect_happens_each_time_and_in_order() -> None:

@@ -53,10 +53,14 @@ def _run(
 ) -> list[torch.Tensor]:
     run, _ = _runs[name]
     taken = {tensor.untyped_storage()._cdata for tensor in tensors}
-    # What an operator gives is its own: the body may give an operand back.
+    given = []
     with transforms_on():
-        results = run(_inputs(tensors, numbers, order))
-    return [t.clone() if t.untyped_storage()._cdata in taken else t for t in results]
+        for result in run(_inputs(tensors, numbers, order)):
+            # What an operator gives is its own: the body may give an operand back, or two views of one tensor.
+            own = result.clone() if result.untyped_storage()._cdata in taken else result
+            taken.add(own.untyped_storage()._cdata)
+            given.append(own)
+    return given
 
 
 def _like(
