@@ -119,6 +119,12 @@ def _possible(stack: Sequence[Layer]) -> tuple[Layer, ...]:
             continue  # the same, and what is made of the recording has stand-ins for them
         if name == "linearized" and outside & (TRANSFORMED | {"backward"}):
             continue  # torch's own gives memory that nobody has written to
+        if name == "linearized" and "functionalized" in outside:
+            continue  # not of what does not depend on the input
+        if name == "functionalized" and "exported" in outside:
+            continue  # not of any operator
+        if name == "functionalized" and {"subclass", "compiled"} <= outside:
+            continue  # Dynamo has no stand-ins for their tensors
         if name == "inference" and outside & RECORDED and outside & {"jvp", "jacrev", "linearized", "duals"}:
             continue  # no operator runs there
         if name == "flattened" and "compiled" in outside:
