@@ -19,7 +19,10 @@ from hopkit._torch.sizes import Equal, new_environment
 from tests.modes import Boxed, Passing
 from tests.recording import define_once, define_twice, nodes, record, same
 
-pytestmark = pytest.mark.usefixtures("hopkit_fresh")
+pytestmark = [
+    pytest.mark.usefixtures("hopkit_fresh"),
+    pytest.mark.filterwarnings("ignore:.*torch.jit.script"),  # torch's own decompositions
+]
 
 X = torch.linspace(-1.0, 1.0, 6).reshape(2, 3)
 T = torch.linspace(0.5, 1.5, 3)
@@ -63,7 +66,6 @@ def _functional(f: Called) -> object:
     return torch.func.functionalize(f)(T)
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script")  # torch's own decompositions
 @pytest.mark.parametrize("transform", [_forward, _reverse, _mapped, _functional])
 def test_flatten_under_a_transform(transform: Callable[[Called], object]) -> None:
     op = define_once()
@@ -118,7 +120,6 @@ def test_outputs_that_depend_on_nothing_that_requires_a_gradient() -> None:
     assert not second.requires_grad
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script")  # torch's own decompositions
 def test_jvp_of_an_output_that_is_expanded() -> None:
     op = define_once()
 
@@ -129,7 +130,6 @@ def test_jvp_of_an_output_that_is_expanded() -> None:
     same((value, tangent), (plain, 2 * plain))
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script")  # torch's own decompositions
 def test_jacfwd_of_a_recorded_batch_that_does_not_depend_on_it() -> None:
     op = define_once()
 
@@ -368,7 +368,6 @@ def test_nobody_records_that_sizes_are_compared() -> None:
     assert compared == ["False", "False", "True"]
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script")  # torch's own decompositions
 def test_dual_numbers_inside_a_recorded_derivative() -> None:
     op = define_once()
 
@@ -491,7 +490,33 @@ def test_a_tangent_in_inference_mode_is_recorded() -> None:
     same(tangent, T.cos() * (T + 1))
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script")  # torch's own
+def test_what_differentiates_is_recorded_in_inference_mode() -> None:
+    op = define_once()
+
+    def chosen(y: Tensor) -> Tensor:
+        return torch.where(y > 0, y, torch.func.grad(lambda z: z.sin().sum())(y))
+
+    with torch.inference_mode():
+        graph = record(lambda x: op(chosen, x), T.clone().requires_grad_())
+        same(graph(T), chosen(T))
+
+
+def test_inference_mode_inside_a_tangent_is_recorded() -> None:
+    op = define_once()
+
+    def in_inference_mode(f: Called) -> Called:
+        def run(x: Tensor) -> Tensor:
+            with torch.inference_mode():
+                return cast("Tensor", record(f, T)(x))
+
+        return run
+
+    def tangent(f: Called) -> Tensor:
+        return cast("Tensor", torch.func.jvp(in_inference_mode(f), (T + 1,), (T,))[1])
+
+    same(tangent(lambda x: op(lambda y: y, x)), tangent(lambda x: x))
+
+
 def test_a_functionalized_tangent_of_another_layout_in_a_tangent() -> None:
     op = define_once()
 

@@ -91,6 +91,7 @@ class Stage:
             _disable_current_modes(),
             _no_function_modes(),
             autograd_on(),
+            torch.inference_mode(False),  # what is made there cannot be saved for a gradient
             torch.set_grad_enabled(gradients),
             unhooked(),
             self._shapes.ignore_fresh_unbacked_symbols(),

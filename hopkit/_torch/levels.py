@@ -147,8 +147,8 @@ def has_duals() -> bool:
 
 def has_tangent(tensor: object) -> bool:
     """Whether this is a tensor that forward-mode AD knows a tangent of, asked so that nobody records the question."""
-    if not isinstance(tensor, torch.Tensor):
-        return False
+    if not isinstance(tensor, torch.Tensor) or torch.is_inference_mode_enabled():
+        return False  # no operator passes one on in inference mode, and torch fails to look
     if torch._C._dispatch_tls_is_dispatch_key_excluded(_AUTOGRAD) and not _functorch.is_functorch_wrapped_tensor(
         tensor
     ):
