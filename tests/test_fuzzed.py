@@ -507,7 +507,7 @@ def test_inference_mode_inside_a_tangent_is_recorded() -> None:
     def in_inference_mode(f: Called) -> Called:
         def run(x: Tensor) -> Tensor:
             with torch.inference_mode():
-                return cast("Tensor", record(f, T)(x))
+                return cast("Tensor", record(f, x)(x))
 
         return run
 
