@@ -214,6 +214,7 @@ def vjp(run: Flat, wrt: Sequence[int], given: Sequence[int]) -> Flat:
         again = torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs)
         hooked = contextlib.nullcontext() if again else unhooked()  # of what is used up here nobody saves anything
         with torch.inference_mode(False), autograd_on(), torch.enable_grad(), hooked:
+            primals, gradients = list(map(_saveable, primals)), list(map(_saveable, gradients))
             for i in wrt:
                 primals[i] = leaf(cast("torch.Tensor", primals[i]))
             outputs = run(primals)
@@ -264,8 +265,12 @@ def leaf(tensor: torch.Tensor) -> torch.Tensor:
     """``tensor`` as something to differentiate by, on its own: other inputs may have been computed from it."""
     if torch.is_grad_enabled() and tensor.requires_grad:
         return tensor.view_as(tensor)
-    # An inference tensor cannot be saved for backward; its clone can.
-    return (tensor.clone() if tensor.is_inference() else tensor.detach()).requires_grad_()
+    return cast("torch.Tensor", _saveable(tensor)).detach().requires_grad_()
+
+
+def _saveable(value: object) -> object:
+    """An inference tensor cannot be saved for backward; its clone can."""
+    return value.clone() if isinstance(value, torch.Tensor) and value.is_inference() else value
 
 
 def functional(run: Flat, written: Sequence[int]) -> Flat:

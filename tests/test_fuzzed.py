@@ -538,3 +538,17 @@ def test_a_mode_that_takes_ops_whole_sees_a_subclass_in_inference_mode() -> None
     with Passing(True), torch.inference_mode():
         result: Any = op(torch.sin, boxed)
     same(result.held, T.sin())
+
+
+def test_an_op_with_a_rule_for_tangents_is_functionalized() -> None:
+    op = define_once()
+
+    @op.rule("jvp")
+    def rule(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> Any:
+        return torch.func.jvp(primals[0], primals[1:], tangents[1:])
+
+    same(torch.func.functionalize(lambda x: op(torch.sin, x), remove="mutations_and_views")(T), T.sin())
+    with forward_ad.dual_level():
+        x = forward_ad.make_dual(T, T + 1)
+        result = torch.func.functionalize(lambda x: op(torch.sin, x), remove="mutations_and_views")(x)
+        same(forward_ad.unpack_dual(result).tangent, T.cos() * (T + 1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from typing import cast
 
 import pytest
 import torch
@@ -63,6 +64,13 @@ def test_a_vjp_of_inference_tensors() -> None:
         x = X.clone()
         (slope,) = transform.vjp(flat_twice(), (0,), (0,))((x, W, torch.ones(3, 3)))
     same(slope, W * W)
+
+
+def test_a_vjp_of_a_vjp_in_inference_mode() -> None:
+    pull = transform.vjp(lambda inputs: (cast("Tensor", inputs[0]).sin(),), (0,), (0,))
+    with torch.inference_mode():
+        (slope,) = transform.vjp(pull, (0,), (0,))((X, X + 1, torch.ones(3, 3)))
+    same(slope, -X.sin() * (X + 1))
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own decompositions

@@ -155,6 +155,9 @@ def has_tangent(tensor: object) -> bool:
         return False  # below autograd nothing has, but for what torch.func made
     if _functionalized(tensor):  # it is nothing without its mode, and inside torch.func torch fails to look twice
         return isinstance(tensor, FunctionalTensor) and forward_ad.unpack_dual(tensor, level=_DUAL).tangent is not None
+    if torch._is_functional_tensor(tensor):  # of torch.func's functionalize, through which torch fails to look
+        with temporarily_clear_interpreter_stack():
+            return has_tangent(torch._from_functional_tensor(tensor))
     with _disable_current_modes():
         return forward_ad.unpack_dual(tensor, level=_DUAL).tangent is not None
 

@@ -25,6 +25,7 @@ from hopkit.testing import fresh
 from hopkit.testing.compare import Pair, difference
 from tests.fuzz import pieces
 from tests.fuzz.program import Held, Layer, Program, generate, smaller, source
+from tests.fuzz.ruled import ruled
 from tests.fuzz.stacks import DERIVED, WEIGHTS, floats, shapes_of_real, stacked, takes_ops, weighed
 
 Verdict = Literal["right", "refused", "n/a", "wrong", "error"]
@@ -102,7 +103,7 @@ def _drawn(random: Random) -> Program:
     if chance < 0.06:
         return dataclasses.replace(made, stack=(("shapes", 0, 0), *made.stack[: random.randrange(2)]))
     if chance < 0.2 and SILENT.isdisjoint(names) and not any(map(takes_ops, made.stack)):
-        return dataclasses.replace(made, stack=(("watched", 0, 0), *made.stack[:3]))
+        return dataclasses.replace(made, stack=(("watched", 0, 0), *made.stack[:3]), rules=())
     return made
 
 
@@ -123,12 +124,16 @@ def _possible(stack: Sequence[Layer]) -> tuple[Layer, ...]:
             continue  # not of what does not depend on the input
         if name == "functionalized" and "exported" in outside:
             continue  # not of any operator
+        if name in TRANSFORMED and "exported" in outside and outside & (RECORDED - {"exported"}):
+            continue  # what is recorded there are constants of the exported program
         if name == "functionalized" and {"subclass", "compiled"} <= outside:
             continue  # Dynamo has no stand-ins for their tensors
         if name == "inference" and outside & RECORDED and outside & {"jvp", "jacrev", "linearized", "duals"}:
             continue  # no operator runs there
         if name == "flattened" and "compiled" in outside:
             continue  # hopkit.flatten is no code to compile
+        if name == "compiled" and "functionalized" in outside:
+            b &= ~1  # AOTAutograd does not functionalize again
         mixed = name in ("traced", "retraced") and outside & (TRANSFORMED | {"exported"})
         kept.append((name, a, 0 if mixed else b))  # it gives stand-ins where it traces with them
         outside.add(name)
@@ -281,7 +286,7 @@ def _build(program: Program, *, plain: bool) -> Build:
     module = sys.modules["tests.fuzz.program_of_today"] = ModuleType("tests.fuzz.program_of_today")  # Dynamo imports it
     built: Build = vars(module)
     built |= {name: value for name, value in vars(pieces).items() if not name.startswith("__")}
-    built |= {"torch": torch, "Any": Any, "Subgraph": hopkit.Subgraph}
+    built |= {"torch": torch, "Any": Any, "Subgraph": hopkit.Subgraph, "ruled": ruled}
     built["define"] = (lambda name: lambda body: body) if plain else hopkit.define
     exec(compile(text, name, "exec"), built)
     linecache.cache.pop(name)

@@ -57,6 +57,9 @@ INSIDE = {
 }
 """What a subgraph may do besides."""
 
+RULED = ("device", "jvp", "vmap", "autograd")
+"""Modes for which an op may have a rule of its own."""
+
 CALLS = ("call", "call", "call", "repeat", "scan", "halving", "chain")
 """How a body may call a subgraph."""
 
@@ -113,6 +116,7 @@ class Program:
         times: An option: how often loops run.
         captures: What the subgraphs may close over.
         stack: The modes.
+        rules: The modes for which the op has a rule of its own.
     """
 
     functions: tuple[Function, ...] = (Function(),)
@@ -125,6 +129,7 @@ class Program:
     times: int = 2
     captures: tuple[Held, ...] = ()
     stack: tuple[Layer, ...] = ()
+    rules: tuple[str, ...] = ()
 
 
 def generate(random: Random, layers: dict[str, float]) -> Program:
@@ -139,6 +144,8 @@ def generate(random: Random, layers: dict[str, float]) -> Program:
         steps.append((random.choice(kinds), random.randrange(20), random.randrange(20)))
     depth = random.choices((1, 2, 3, 4), (3, 4, 3, 2))[0]
     names = random.choices(list(layers), list(layers.values()), k=depth)
+    closed = any(f.captures for f in functions)
+    rules = [mode for mode in RULED if random.random() < 0.1 and not (closed and mode == "autograd")]
     return Program(
         functions,
         random.random() < 0.3,
@@ -150,6 +157,7 @@ def generate(random: Random, layers: dict[str, float]) -> Program:
         random.randrange(1, 4),
         captures,
         tuple((name, random.randrange(16), random.randrange(4)) for name in names),
+        tuple(rules),
     )
 
 
@@ -228,7 +236,8 @@ def _op(program: Program) -> list[str]:
         "nested": f"([{', '.join(results)}], {{'last': {results[-1]}, 'none': None}})",
     }[program.gives]
     head = f"def op({', '.join([*takes, 'times: int'])}) -> Any:"
-    return ['@define("fuzz_op")', head, *(f"    {line}" for line in [*unpacked, *lines, f"return {given}"])]
+    ruled = [f"@ruled({', '.join(map(repr, program.rules))})"] if program.rules else []
+    return [*ruled, '@define("fuzz_op")', head, *(f"    {line}" for line in [*unpacked, *lines, f"return {given}"])]
 
 
 def _body_step(program: Program, step: Step, values: list[str]) -> Iterator[str]:
@@ -356,6 +365,8 @@ def smaller(program: Program) -> Iterator[Program]:
     for i, (name, a, b) in enumerate(program.steps):
         if name in ("repeat", "scan", "halving", "chain"):
             yield dataclasses.replace(program, steps=_with(program.steps, i, ("call", a, b)))
+    for i in range(len(program.rules)):
+        yield dataclasses.replace(program, rules=program.rules[:i] + program.rules[i + 1 :])
     for name in ("many", "form", "gives", "results", "times"):
         simple = {"many": False, "form": "each", "gives": "tensor"}.get(name, 1)
         if getattr(program, name) != simple:
