@@ -280,11 +280,17 @@ def _sources(built: Build) -> Iterator[Tensor]:
             yield from value.parameters()
 
 
+_numbers = itertools.count()
+
+
 def _build(program: Program, *, plain: bool) -> Build:
     text, name = source(program), f"<fuzz {'body' if plain else 'op'} {abs(hash(program))}>"
     linecache.cache[name] = (len(text), None, text.splitlines(True), name)
-    module = sys.modules["tests.fuzz.program_of_today"] = ModuleType("tests.fuzz.program_of_today")  # Dynamo imports it
+    number = next(_numbers)
+    module = ModuleType(f"tests.fuzz.program_{number}")  # Dynamo imports it, and what has a name only once
     built: Build = vars(module)
+    sys.modules[module.__name__] = module
+    sys.modules.pop(f"tests.fuzz.program_{number - 2}", None)
     built |= {name: value for name, value in vars(pieces).items() if not name.startswith("__")}
     built |= {"torch": torch, "Any": Any, "Subgraph": hopkit.Subgraph, "ruled": ruled}
     built["define"] = (lambda name: lambda body: body) if plain else hopkit.define

@@ -40,6 +40,14 @@ def by_position(spec: hopkit.OpSpec) -> Body:
     return lambda *args: spec.body(*args[:-1], times=args[-1])
 
 
+def told_of(args: Sequence[Any], told: Sequence[Any]) -> list[Any]:
+    """What is told of every leaf of ``args``; a None is that of all leaves of an argument."""
+    pairs = zip(args, told, strict=True)
+    return [
+        leaf for arg, one in pairs for leaf in ([None] * len(trees.leaves(arg)) if one is None else trees.leaves(one))
+    ]
+
+
 def kernel(body: Body) -> Body:
     return lambda *args, times: body(*args, times)
 
@@ -49,7 +57,7 @@ def pushed(body: Body) -> Body:
 
     def rule(primals: Sequence[Any], tangents: Sequence[Any]) -> tuple[Any, Any]:
         leaves, again = taken_apart(tuple(primals))
-        known: list[Any] = trees.leaves(tuple(tangents))
+        known = told_of(primals, tangents)
         moved = [i for i, tangent in enumerate(known) if isinstance(tangent, Tensor)]
         seen: list[Any] = []
 
@@ -77,7 +85,7 @@ def looped(body: Body) -> Body:
 
     def rule(batch: Any, in_dims: Sequence[Any], *args: Any, times: int) -> tuple[Any, Any]:
         leaves, again = taken_apart((*args, times))
-        dims: list[Any] = trees.leaves(tuple(in_dims))
+        dims = told_of((*args, times), in_dims)
         many = [dim if isinstance(v, Tensor) else None for v, dim in zip(leaves, dims, strict=True)]
         items = []
         for i in range(batch.batch_size):
