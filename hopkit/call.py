@@ -12,7 +12,7 @@ import torch
 
 from hopkit import binding, transform
 from hopkit import layout as layouts
-from hopkit._torch import schema, sizes, trees
+from hopkit._torch import levels, schema, sizes, trees
 from hopkit._torch.autograd import computed, differentiable, needs_gradient
 from hopkit._torch.fakes import Stage, copied, outside_modes, same_storage, together
 from hopkit._torch.functional import memory
@@ -43,7 +43,8 @@ class Pure:
     plain: GraphLike
 
     def __call__(self, *inputs: object) -> object:
-        return self.run(*inputs)
+        # torch cannot functionalize twice: one that is around this one sees the graph as it was.
+        return self.plain(*inputs) if levels.functionalizes() else self.run(*inputs)
 
 
 def as_before(graph: GraphLike) -> GraphLike:

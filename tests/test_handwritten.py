@@ -263,6 +263,18 @@ def test_a_derivative_is_used_where_a_recorded_graph_is_differentiated(op: Scale
     torch.testing.assert_close(graph(x), 4 * x.cos())
 
 
+@pytest.mark.parametrize("remove", ["mutations", "mutations_and_views"])
+def test_a_derivative_between_two_functionalizations(op: Scaled, remove: Any) -> None:
+    op.rule("autograd")(Doubling)
+
+    def slope(x: Tensor) -> Tensor:
+        inside = torch.func.functionalize(lambda x: op(torch.sin, x), remove=remove)
+        return cast("Tensor", torch.func.grad(lambda x: inside(x).sum())(x))
+
+    x = torch.rand(3)
+    torch.testing.assert_close(torch.func.functionalize(slope, remove=remove)(x), 4 * x.cos())
+
+
 # Batches: the derivative is that of every item
 
 
