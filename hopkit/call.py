@@ -12,7 +12,7 @@ import torch
 
 from hopkit import binding, transform
 from hopkit import layout as layouts
-from hopkit._torch import levels, schema, sizes, trees
+from hopkit._torch import schema, sizes, trees
 from hopkit._torch.autograd import computed, differentiable, needs_gradient
 from hopkit._torch.fakes import Stage, copied, outside_modes, same_storage, together
 from hopkit._torch.functional import memory
@@ -43,8 +43,9 @@ class Pure:
     plain: GraphLike
 
     def __call__(self, *inputs: object) -> object:
-        # torch cannot functionalize twice: one that is around this one sees the graph as it was.
-        return self.plain(*inputs) if levels.functionalizes() else self.run(*inputs)
+        # torch cannot functionalize twice: one that wrapped the inputs already sees the graph as it was.
+        wrapped = any(isinstance(value, torch.Tensor) and torch._is_functional_tensor(value) for value in inputs)
+        return self.plain(*inputs) if wrapped else self.run(*inputs)
 
 
 def as_before(graph: GraphLike) -> GraphLike:
