@@ -66,7 +66,8 @@ def test_a_batch_inside_a_subgraph_is_not_the_batch_around_it(tmp_path: Path) ->
     class Batched(torch.nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             def body(y: Tensor, z: Tensor) -> Tensor:
-                return torch.vmap(lambda w: z * w)(torch.arange(4.0)) + y
+                products: Tensor = torch.vmap(lambda w: z * w)(torch.arange(4.0))
+                return products + y
 
             result: Tensor = torch.vmap(lambda y: once(body, y, y.sum()))(x)
             return result
