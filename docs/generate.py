@@ -130,7 +130,7 @@ def against_torch() -> str:
         "Control flow, against torch's own",
         f"Made by `python -m tests.matrix.controlflow` with torch {version} on a CPU. In every mode of "
         "[`check`](../../how-to/test-my-op.md) both ops get the same three calls, which torch's op takes in eager: "
-        "a plain one, one that closes over a tensor with a gradient, one on pytrees. They are compared with plain Python.",
+        "a plain one, one that closes over a tensor with a gradient, one on pytrees. All are compared with plain code.",
         '"right": all three. "raises": all of them raise an error. "wrong": values that are not those of plain Python, '
         'and no error. "-": plain code cannot be run in this mode, or it says nothing of these calls.',
         _markdown(header, rows),
