@@ -9,7 +9,7 @@ import dataclasses
 import io
 from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import hopkit_controlflow
 import pytest
@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing import assert_close
-from torch.utils import _pytree as pytree
 
 import hopkit
+from hopkit.extend.body import flatten, leaves, map_leaves, unflatten
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning"),  # torch's own use
@@ -41,15 +41,18 @@ def _while_loop(going: Function, body: Function, state: Sequence[Any]) -> Any:
 
 
 def _slices(xs: Any, dim: int, reverse: bool) -> list[Any]:
-    tensors, tree = pytree.tree_flatten(xs)
-    parts = zip(*(t.unbind(dim) for t in tensors), strict=True)
-    found = [pytree.tree_unflatten(list(part), tree) for part in parts]
+    tensors, tree = flatten(xs)
+    parts = zip(*(cast("Tensor", t).unbind(dim) for t in tensors), strict=True)
+    found = [unflatten(list(part), tree) for part in parts]
     return found[::-1] if reverse else found
 
 
 def _stacked(ys: list[Any], dim: int, reverse: bool) -> Any:
     ys = ys[::-1] if reverse else ys
-    return pytree.tree_map(lambda *t: torch.stack(t, dim if dim <= t[0].dim() else 0), *ys)
+    _, tree = flatten(ys[0])
+    return unflatten(
+        [torch.stack(t, dim if dim <= t[0].dim() else 0) for t in zip(*map(leaves, ys), strict=True)], tree
+    )
 
 
 def _scan(step: Function, carry: Any, xs: Any, *, dim: int = 0, reverse: bool = False) -> Any:
@@ -445,12 +448,13 @@ def map_in_map(ops: Any, xs: Tensor, w: Tensor) -> Any:
 def slopes(run: Function, inputs: Sequence[Tensor]) -> Any:
     given = [t.detach().clone().requires_grad_(t.is_floating_point()) for t in inputs]
     found = run(*given)
-    parts = [t.cos().sum() for t in pytree.tree_leaves(found) if t.requires_grad]
+    tensors = cast("list[Tensor]", leaves(found))
+    parts = [t.cos().sum() for t in tensors if t.requires_grad]
     by = [t for t in given if t.requires_grad]
     gradients = (
         torch.autograd.grad(sum(parts, torch.zeros(())), by, allow_unused=True, materialize_grads=True) if parts else ()
     )
-    return pytree.tree_map(torch.Tensor.detach, found), gradients
+    return map_leaves(lambda t: cast("Tensor", t).detach(), found), gradients
 
 
 def stepped(run: Function) -> Function:
