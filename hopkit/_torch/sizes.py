@@ -127,7 +127,7 @@ _READS = {
 }
 
 _OF_LEVEL = {predispatch._add_batch_dim: 2, predispatch._remove_batch_dim: 1, predispatch._unwrap_for_grad: 1}
-"""Above autograd a tracer writes these down, with a level as this argument (torch/_functorch/predispatch.py, 2.13, 2.14)."""
+"""Above autograd a tracer writes these down, with a level as this argument (functorch.predispatch, 2.13, 2.14)."""
 
 _readable: weakref.WeakKeyDictionary[GraphModule, tuple[str, Callable[..., object]]] = weakref.WeakKeyDictionary()
 
