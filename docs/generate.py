@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+import json
+import re
 from collections.abc import Callable
 from pathlib import Path
+
+import hopkit_controlflow
 
 from hopkit import errors as errors_module
 from hopkit.errors import HopkitError
@@ -85,9 +90,93 @@ def _page(title: str, *parts: str) -> str:
     return "\n\n".join([NOTE, f"# {title}", *parts]) + "\n"
 
 
+CONTROLFLOW = HERE / "reference" / "controlflow"
+README = HERE.parent / "plugins" / "hopkit-controlflow" / "README.md"
+TORCH_DOES = (
+    "A branch of `torch.cond` may give another size than the other: a size that nobody knows comes out. Here it is a "
+    "`SubgraphError`.",
+    "Without gradients, functions may write to what they are given. Here it is a `SubgraphError`: write to a copy.",
+    "A function may detach a part, or run it without gradients, in a graph that trains. Here that is right in eager, "
+    "and where a graph is made an `AutogradError`.",
+    "AOTInductor packages the functions of `torch.cond` and `torch.while_loop`, and there is code for Triton.",
+)
+TORCH_DOES_NOT = (
+    "Functions may give back what they got, or one tensor twice, or views of it.",
+    "A sequence may have no slices.",
+)
+SHOWN = {"all": "right", "no": "raises", "-": "-"}
+
+
+def _measured() -> tuple[str, dict[str, dict[str, dict[str, str]]]]:
+    found = json.loads((CONTROLFLOW / "measured.json").read_text(encoding="utf-8"))
+    return found["torch"], found["cells"]
+
+
+def _cells(cells: dict[str, str]) -> list[str]:
+    return [SHOWN.get(cells[who], cells[who]) for who in ("torch", "hopkit")]
+
+
+def _markdown(header: list[str], rows: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows))
+
+
+def against_torch() -> str:
+    """Every mode, torch's own control flow and the plugin's."""
+    version, found = _measured()
+    columns = list(next(iter(found.values())))
+    header = ["mode", *(f"{op}: {who}" for op in found for who in ("torch", "hopkit"))]
+    rows = [[column, *(cell for op in found for cell in _cells(found[op][column]))] for column in columns]
+    return _page(
+        "Control flow, against torch's own",
+        f"Made by `python -m tests.matrix.controlflow` with torch {version} on a CPU. In every mode of "
+        "[`check`](../../how-to/test-my-op.md) both ops get the same three calls, which torch's op takes in eager: "
+        "a plain one, one that closes over a tensor with a gradient, one on pytrees. All are compared with plain code.",
+        '"right": all three. "raises": all of them raise an error. "wrong": values that are not those of plain Python, '
+        'and no error. "-": plain code cannot be run in this mode, or it says nothing of these calls.',
+        _markdown(header, rows),
+        "## What torch's ops do, and the plugin's do not",
+        "\n".join(f"- {what}" for what in TORCH_DOES),
+        "## What the plugin's ops do, and torch's do not, beside these cells",
+        "\n".join(f"- {what}" for what in TORCH_DOES_NOT),
+        "One page for each: "
+        + ", ".join(f"[`{name}`]({name}.md)" for name in hopkit_controlflow.__all__ if name in OPS)
+        + ".",
+    )
+
+
+def controlflow(op: str) -> str:
+    """An op's law, an example, its limits, and what was measured of it."""
+    function = getattr(hopkit_controlflow, op).spec.body
+    section = README.read_text(encoding="utf-8").split(f"\n### {op}\n")[1]
+    section = re.split(r"\n##+ ", section)[0].strip()
+    _, found = _measured()
+    rows = [[column, *_cells(cells)] for column, cells in found.get(op, {}).items()]
+    modes = ["## Modes", "[How it was measured](against-torch.md).", _markdown(["mode", "torch", "hopkit"], rows)]
+    return _page(
+        op,
+        f"```text\n{op}{inspect.signature(function)}\n```".replace("'", "").replace("torch.", ""),
+        _paragraphs(inspect.getdoc(function)),
+        "## Example",
+        f"```python\nimport hopkit\nimport torch\nfrom hopkit_controlflow import {op}\n"
+        f"from torch.fx.experimental.proxy_tensor import make_fx\n\n{OPS[op]}\n```",
+        section,
+        *(modes if rows else []),
+        "What holds for all of them, and what Inductor makes of them: "
+        "[hopkit-controlflow](../../../plugins/hopkit-controlflow/README.md).",
+    )
+
+
+_SQUARE = "x = torch.linspace(-1, 1, 6).reshape(2, 3)\nw = torch.tensor([0.5, 1.0, 1.5], requires_grad=True)"
+_VECTOR = "x = torch.linspace(-1, 1, 3)"
+OPS = dict.fromkeys(("associative_scan", "cond", "fori_loop", "map", "scan", "switch", "while_loop"), _SQUARE)
+OPS |= dict.fromkeys(("checkpoint", "custom_vjp", "fixed_point", "linear_solve", "region"), _VECTOR)
+"""What the examples of each start from."""
+
 PAGES: dict[Path, Callable[[], str]] = {
     HERE / "reference" / "hooks.md": hooks,
     HERE / "reference" / "errors.md": errors,
+    CONTROLFLOW / "against-torch.md": against_torch,
+    **{CONTROLFLOW / f"{op}.md": functools.partial(controlflow, op) for op in OPS},
 }
 
 if __name__ == "__main__":

@@ -59,6 +59,26 @@ def test_a_program_goes_round(strict: bool, dynamic: bool, tmp_path: Path) -> No
     same(torch.export.unflatten(program)(X), model(X))
 
 
+def test_a_batch_inside_a_subgraph_is_not_the_batch_around_it(tmp_path: Path) -> None:
+    """torch writes down the number of a level, which was 1 where the subgraph was traced alone."""
+    once = define_once()
+
+    class Batched(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            def body(y: Tensor, z: Tensor) -> Tensor:
+                products: Tensor = torch.vmap(lambda w: z * w)(torch.arange(4.0))
+                return products + y
+
+            result: Tensor = torch.vmap(lambda y: once(body, y, y.sum()))(x)
+            return result
+
+    inputs = X[:4]
+    torch.export.save(torch.export.export(Batched(), (inputs,), strict=False), tmp_path / "model.pt2")
+    program = torch.export.load(tmp_path / "model.pt2")
+    assert nodes(program.graph_module, once) == 1
+    same(program.module()(inputs), inputs.sum(1)[:, None] * torch.arange(4.0) + inputs)
+
+
 LOAD = """
 import sys, torch, hopkit
 assert not {"t_pkg", "hopkit_constgraph", "torch._dynamo"} & set(sys.modules)

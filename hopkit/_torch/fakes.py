@@ -224,8 +224,13 @@ def stand_in(tensor: torch.Tensor, mode: FakeTensorMode) -> torch.Tensor:
         if type(tensor) in (torch.Tensor, torch.nn.Parameter, FakeTensor) and tensor.layout is torch.strided:
             with mode:
                 fake = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=tensor.device)
-            if isinstance(tensor, FakeTensor) and tensor.fake_mode.shape_env is mode.shape_env:
+            if (
+                isinstance(tensor, FakeTensor)
+                and tensor.fake_mode.shape_env is mode.shape_env
+                and fake.is_floating_point()
+            ):
                 # What stands for its one number: with dynamic=True Dynamo has a tensor for every float that may change.
+                # An integer is the user's tensor: who counts by its number decides on a value.
                 cast("FakeTensor", fake).item_memo = _known_item(tensor)
         else:
             # Of what is no leaf torch would ask for the gradient, and warn of that.
@@ -268,6 +273,12 @@ def run_in_mode(run: Callable[[], object], mode: FakeTensorMode) -> object:
     if shapes:
         shapes.ignorable_fresh_unbacked_symbols.extend(shapes.pending_fresh_unbacked_symbols[before:])
     return result
+
+
+def among(inputs: Sequence[object], run: Callable[[], object]) -> object:
+    """What ``run`` gives, `bound` and as `run_in_mode` has it, if these inputs are in a fake mode."""
+    mode = detect_fake_mode([unfunctional(t) for t in inputs if isinstance(t, torch.Tensor)])
+    return bound(run_in_mode(run, mode), inputs) if mode else run()
 
 
 def bound(result: object, inputs: Sequence[object]) -> object:

@@ -15,6 +15,7 @@ from types import MethodType
 from typing import TYPE_CHECKING, cast
 
 import torch
+from torch._functorch import predispatch
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
@@ -125,6 +126,9 @@ _READS = {
     torch.ops.aten.sym_storage_offset.default: "storage_offset",
 }
 
+_OF_LEVEL = {predispatch._add_batch_dim: 2, predispatch._remove_batch_dim: 1, predispatch._unwrap_for_grad: 1}
+"""Above autograd a tracer writes these down, with a level as this argument (functorch.predispatch, 2.13, 2.14)."""
+
 _readable: weakref.WeakKeyDictionary[GraphModule, tuple[str, Callable[..., object]]] = weakref.WeakKeyDictionary()
 
 
@@ -132,7 +136,8 @@ def readable(graph: Callable[..., object]) -> Callable[..., object]:
     """What ``graph`` does, on batched tensors too.
 
     vmap knows no operator that reads a size (2.13, 2.14). And an item may lie in memory otherwise than it did while it
-    was traced, where a view was right; where nothing is written to, a copy is, too.
+    was traced, where a view was right; where nothing is written to, a copy is, too. A batch that begins in it is of the
+    level that begins there: torch writes down a number, of when nothing was around it.
 
     It is no call of a module: counters that follow modules know none for a subgraph in eager.
     """
@@ -142,8 +147,15 @@ def readable(graph: Callable[..., object]) -> Callable[..., object]:
         code = torch.fx.Graph()
         code.output(code.graph_copy(graph.graph, {}))
         writes = any(isinstance(n.target, torch._ops.OpOverload) and n.target._schema.is_mutable for n in code.nodes)
+        levels: list[torch.fx.Node] = []
         for node in code.nodes:
-            if node.target in _READS:
+            if node.target in (predispatch._vmap_increment_nesting, predispatch._jvp_increment_nesting):
+                levels.append(node)
+            elif node.target in (predispatch._vmap_decrement_nesting, predispatch._jvp_decrement_nesting):
+                levels.pop()
+            elif node.target in _OF_LEVEL:
+                node.update_arg(_OF_LEVEL[node.target], levels[-1])
+            elif node.target in _READS:
                 node.op, node.target = "call_method", _READS[node.target]
             elif node.target is torch.ops.aten.view.default and not writes:
                 node.target = torch.ops.aten.reshape.default

@@ -18,23 +18,12 @@ EMPTY = {
 }
 """The cells in which nothing can be compared, and why."""
 
-REFUSED = {
-    **{
-        (op, "captures", "nested"): "the column detaches inside a subgraph, and the body has nothing to fall back to"
-        for op in ("branch", "loop")
-    },
-}
-"""The samples that hopkit refuses, and why."""
-
 
 @pytest.mark.parametrize("mode", columns())
 @pytest.mark.parametrize("op", OPS)
 def test_an_op_is_what_its_body_is(op: str, mode: str) -> None:
     report = check(OPS[op], modes=[mode])
-    assert {cell.sample for cell in report.cells if cell.verdict == "refused"} == {
-        sample for name, sample, column in REFUSED if (name, column) == (op, mode)
-    }, report
-    assert not [cell for cell in report.cells if not cell.ok], report
+    assert not [cell for cell in report.cells if cell.verdict not in ("right", "n/a")], report
     assert any(cell.verdict == "right" for cell in report.cells) != ((op, mode) in EMPTY), report
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import hopkit_controlflow
 import pytest
 import torch
-from hopkit_controlflow import associative_scan, cond, fori_loop, scan, switch, while_loop
+from hopkit_controlflow import agreement, associative_scan, cond, fori_loop, scan, switch, while_loop
 from torch import Tensor, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -212,3 +212,11 @@ def test_a_branch_that_needs_values_is_not_looked_at() -> None:
     x = X.clone()
     assert cond(torch.tensor(True), torch.sin, lambda x: x[: int(x.numpy().sum())], (x,)).shape == (2, 3)
     assert torch.equal(x, X)
+
+
+def test_what_is_remembered_of_branches_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agreement, "MOST_AGREED", 3)
+    monkeypatch.setattr(agreement, "_agreed", set())
+    for size in range(1, 9):
+        cond(torch.tensor(True), torch.sin, torch.cos, (torch.ones(size),))
+        assert 0 < len(agreement._agreed) <= 3

@@ -98,10 +98,13 @@ def agreed(functions: Sequence[Callable[..., object]], operands: Sequence[object
             raise
         except Exception:  # it needs values, or is wrong in itself: if it is the one that runs, it says so
             return
+        if len(_agreed) >= MOST_AGREED:
+            _agreed.clear()
         _agreed.add(key)
 
 
 _agreed: set[object] = set()
+MOST_AGREED = 4096  # and then they are looked at again
 
 
 def _code(function: Callable[..., object]) -> object:

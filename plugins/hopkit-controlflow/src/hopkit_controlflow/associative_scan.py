@@ -82,11 +82,11 @@ def associative_scan(
         if length < 2:
             return parts
         odd = beginnings(both([x[:-1:2] for x in parts], [x[1::2] for x in parts]))
-        even = [x[:1] for x in parts]
-        if length > 2:
-            after = both([x[: (length - 1) // 2] for x in odd], [x[2::2] for x in parts])
-            even = [torch.cat(pair) for pair in zip(even, after, strict=True)]
-        return [_alternating(*pair) for pair in zip(even, odd, strict=True)]
+        if length == 2:
+            return [torch.cat([x[:1], y]) for x, y in zip(parts, odd, strict=True)]
+        before = [x[: (length - 1) // 2] for x in odd]
+        after = both(before, [x[2::2] for x in parts])
+        return [_woven(*each) for each in zip(parts, odd, before, after, strict=True)]
 
     found, tree = flatten(xs)
     parts = [cast("torch.Tensor", x).movedim(dim, 0) for x in found]
@@ -95,6 +95,5 @@ def associative_scan(
     return own(cast("X", unflatten(results, tree)), [xs])
 
 
-def _alternating(even: torch.Tensor, odd: torch.Tensor) -> torch.Tensor:
-    pairs = torch.stack([even[: len(odd)], odd], 1).flatten(0, 1)
-    return torch.cat([pairs, even[len(odd) :]])
+def _woven(first: torch.Tensor, odd: torch.Tensor, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+    return torch.cat([first[:1], torch.stack([before, after], 1).flatten(0, 1), odd[len(after) :]])
