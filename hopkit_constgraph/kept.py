@@ -149,7 +149,8 @@ class Entry:
             self._leaves = []
         self.results = tuple(output.detach() for output in self._outputs)
         self.seen = Seen(args, lost, beside=self.results)
-        self.sound = before.holds(args)  # nobody has written to a weight meanwhile
+        # Nobody has written to a weight meanwhile, and what another stream may read depends on the stream (`_state`).
+        self.sound = before.holds(args) and not (_on_cuda(self.results) and not _on_cuda(args[:1]))
 
     def at_rest(self, args: tuple[object, ...]) -> bool:
         """Whether the results are those for ``args``, and nobody asks for gradients, nor may change them."""
@@ -218,6 +219,10 @@ def _state(args: Sequence[object]) -> object:
     first = args[0] if args else None
     stream = torch.cuda.current_stream(first.device) if isinstance(first, torch.Tensor) and first.is_cuda else None
     return *casting, stream
+
+
+def _on_cuda(tensors: Sequence[torch.Tensor]) -> bool:
+    return any(tensor.is_cuda for tensor in tensors)
 
 
 _REST = (None,)

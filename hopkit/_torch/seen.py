@@ -4,9 +4,8 @@ torch counts a version up at every write, but for those through ``tensor.data``,
 tensors that were made there. ``tensor.data = other`` counts nothing up. It shows in the address of the memory, or where
 that is the same, in sizes, strides or dtype: ``TensorGuards`` is what Dynamo compares these with, in a third of the
 time that it takes one by one (torch/csrc/dynamo/guards.cpp; 2.13, 2.14). If it is gone, do that. It compares dispatch
-keys as well, with what the thread adds and takes away. So where it agrees, none of what changes that is active: no
-dispatch mode, tracer, transform, inference mode, or autocast of their device. Where it does not, it is asked again
-with ``_ForceDispatchKeyGuard``, which undoes them.
+keys as well, with what the thread adds and takes away: inference mode and autocast of the tensors' device change that.
+Where it does not agree it is asked again with ``_ForceDispatchKeyGuard``, which undoes them.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ import torch
 from torch._C import _dispatch_tls_local_exclude_set, _dispatch_tls_local_include_set, _ForceDispatchKeyGuard
 from torch._C._dynamo.guards import TensorGuards
 
-from hopkit._torch.state import autocasting, forward_mode
+from hopkit._torch.state import alone, autocasting
 
 _PLAIN = _dispatch_tls_local_include_set(), _dispatch_tls_local_exclude_set()
 """What a thread adds and takes away where no mode is active."""
@@ -70,8 +69,8 @@ class Seen:
             return self._check(*tensors)
 
     def at_rest(self, tensors: Sequence[object]) -> bool:
-        """As `holds`, and nothing is active that changes what is computed from tensors. There has to be one."""
-        return self._same(tensors) and self._check(*tensors) and not (autocasting() or forward_mode())
+        """As `holds`, and no mode, tracer, transform or autocast is active: they change what is computed."""
+        return alone() and not autocasting() and self._same(tensors) and self._check(*tensors)
 
     def _same(self, tensors: Sequence[object]) -> bool:
         return (

@@ -12,6 +12,8 @@ from typing import Any, cast
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hopkit_constgraph import clear, fold, refresh, run_const_graph_once, stats
 from tests.constgraph.models import Merged, X
@@ -116,6 +118,54 @@ def test_what_is_written_to_a_constant_is_undone() -> None:
         for constant in cast("tuple[Tensor, ...]", run_const_graph_once(folded._const_graph, weights(folded))):
             constant.zero_()
         same(folded(X), model(X))
+
+
+def test_what_is_swapped_in_a_constant_is_undone() -> None:
+    model, folded = pair()
+    with torch.no_grad():
+        for change in (torch.zeros_like, torch.t):
+            (constant,) = cast("tuple[Tensor, ...]", run_const_graph_once(folded._const_graph, weights(folded)))
+            constant.data = change(constant.data)
+            same(folded(X), model(X))
+
+
+class Spy(TorchDispatchMode):
+    """Writes down what runs."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call] # torch's own
+        self.ran: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: object, args: tuple[object, ...] = (), kwargs: dict[str, object] | None = None
+    ) -> object:
+        self.ran.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_who_looks_on_sees_constants_computed() -> None:
+    model, folded = pair()
+    with torch.no_grad():
+        folded(X)
+        with Spy() as spy:
+            same(folded(X), model(X))
+        assert "aten.add.Tensor" in spy.ran
+        same(torch.vmap(folded)(X.expand(3, *X.shape)), model(X).expand(3, 2, 8))
+        stands_in = FakeTensorMode(allow_non_fake_inputs=True)
+        with stands_in:
+            assert isinstance(folded(stands_in.from_tensor(X)), FakeTensor)
+        same(folded(X), model(X))
+    assert counts(folded) == (1, 1)
+
+
+def test_a_cuda_graph_that_is_recorded_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, folded = pair()
+    with torch.no_grad():
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        for _ in range(2):
+            same(folded(X), model(X))
+    assert counts(folded) == (0, 0)
 
 
 def weights(folded: Any) -> tuple[Tensor, ...]:
