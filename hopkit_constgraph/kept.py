@@ -149,8 +149,8 @@ class Entry:
             self._leaves = []
         self.results = tuple(output.detach() for output in self._outputs)
         self.seen = Seen(args, lost, beside=self.results)
-        # Nobody has written to a weight meanwhile, and what another stream may read depends on the stream (`_state`).
-        self.sound = before.holds(args) and not (_on_cuda(self.results) and not _on_cuda(args[:1]))
+        # Nobody has written to a weight meanwhile, and who reads it on another stream has another one (`_state`).
+        self.sound = before.holds(args) and (_on_cuda(args) or not _on_cuda(self.results))
 
     def at_rest(self, args: tuple[object, ...]) -> bool:
         """Whether the results are those for ``args``, and nobody asks for gradients, nor may change them."""
@@ -216,8 +216,9 @@ def _tells(tensor: torch.Tensor) -> bool:
 def _state(args: Sequence[object]) -> object:
     """What else a result depends on."""
     casting = [(kind, torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
-    first = args[0] if args else None
-    stream = torch.cuda.current_stream(first.device) if isinstance(first, torch.Tensor) and first.is_cuda else None
+    there = args if torch.cuda.is_initialized() else ()
+    device = next((t.device for t in there if isinstance(t, torch.Tensor) and t.is_cuda), None)
+    stream = None if device is None else torch.cuda.current_stream(device)
     return *casting, stream
 
 
