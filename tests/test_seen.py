@@ -9,9 +9,9 @@ from contextlib import AbstractContextManager, contextmanager
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from hopkit._torch.fakes import FakeMode
 from hopkit.extend.device import Seen
 
 
@@ -99,7 +99,7 @@ def _autocast_elsewhere() -> Iterator[None]:
         lambda: torch.autocast("cpu"),
         _autocast_elsewhere,
         torch.autograd.forward_ad.dual_level,
-        lambda: FakeTensorMode(allow_non_fake_inputs=True),
+        lambda: FakeMode(allow_non_fake_inputs=True),
     ],
 )
 def test_at_rest_nothing_is_active(active: Callable[[], AbstractContextManager[object]]) -> None:
