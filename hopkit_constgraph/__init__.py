@@ -4,6 +4,7 @@
 
 from hopkit_constgraph.cli import hopkit_add_commands
 from hopkit_constgraph.fold import fold, report_of
+from hopkit_constgraph.folded import module_of
 from hopkit_constgraph.kept import Stats, clear, refresh, stats
 from hopkit_constgraph.op import (
     hopkit_add_ops,
@@ -26,6 +27,7 @@ __all__ = [
     "hopkit_add_commands",
     "hopkit_add_ops",
     "hopkit_samples_from_program",
+    "module_of",
     "refresh",
     "report_of",
     "run_const_graph",

@@ -46,9 +46,11 @@ class Stats:
 def kept(graph: Callable[..., object], args: tuple[object, ...]) -> object:
     """``graph(*args)``, from an earlier call where nothing has changed since."""
     own = graph if isinstance(graph, GraphModule) else _recorded(graph)
+    memory = None if own is None else _memories.get(own)
+    if memory is not None and (results := memory.at_rest(args)) is not None:
+        return results
     if own is None or not alone():
         return graph(*args)
-    memory = _memories.get(own)
     if memory is None:
         memory = _memories.setdefault(own, Memory())
     return memory.results(cast("Graph", graph), args)
@@ -88,8 +90,18 @@ class Memory:
         self.hits = self.misses = 0
         self.seconds = 0.0
 
+    def at_rest(self, args: tuple[object, ...]) -> Sequence[torch.Tensor] | None:
+        """The short way to `results`: where nothing is active, nobody asks for gradients, and nothing has changed."""
+        entry = self.entries.get(_REST)
+        if entry is None or not entry.at_rest(args):
+            return None
+        self.hits += 1
+        return entry.results
+
     def results(self, graph: Graph, args: tuple[object, ...]) -> Sequence[torch.Tensor]:
         """``graph(*args)``."""
+        if _capturing():
+            return graph(*args)
         state = _state(args)
         entry = self.entries.get(state)
         if entry is None or not entry.holds(args):
@@ -107,10 +119,10 @@ class Memory:
         self.entries.pop(state, None)
         start = time.perf_counter()
         weights = cast("tuple[torch.Tensor, ...]", args)
-        self.seen = Seen(weights, functools.partial(_forget, weakref.ref(self), state))
-        entry = Entry(graph, weights, self.seen)
+        entry = Entry(graph, weights, functools.partial(_forget, weakref.ref(self), state))
+        self.seen = entry.seen
         self.seconds += time.perf_counter() - start
-        if entry.holds(args):  # nobody has written to a weight meanwhile
+        if entry.sound:
             self.entries[state] = entry
         return entry.given(graph, args)
 
@@ -124,10 +136,11 @@ def _forget(memory: weakref.ref[Memory], state: object) -> None:
 class Entry:
     """Results, and how all was when they were computed. It holds neither the graph, which holds it, nor the weights."""
 
-    def __init__(self, graph: Graph, args: tuple[torch.Tensor, ...], seen: Seen) -> None:
-        self._args = seen
+    def __init__(self, graph: Graph, args: tuple[torch.Tensor, ...], lost: Callable[[], object]) -> None:
+        before = Seen(args)
         self._wanted = [torch.is_grad_enabled() and arg.requires_grad for arg in args]
         self._untold = not torch.is_grad_enabled() and any(arg.requires_grad for arg in args)
+        self._bare = not (any(self._wanted) or self._untold)
         self._leaves = [arg.detach().requires_grad_(want) for arg, want in zip(args, self._wanted, strict=True)]
         # Results that were made under inference mode would tell nobody that they are written to.
         with torch.inference_mode(False), torch.set_grad_enabled(any(self._wanted)):
@@ -135,12 +148,17 @@ class Entry:
         if not any(self._wanted):
             self._leaves = []
         self.results = tuple(output.detach() for output in self._outputs)
-        self._results = Seen(self.results)
+        self.seen = Seen(args, lost, beside=self.results)
+        # Nobody has written to a weight meanwhile, and who reads it on another stream has another one (`_state`).
+        self.sound = before.holds(args) and (_on_cuda(args) or not _on_cuda(self.results))
+
+    def at_rest(self, args: tuple[object, ...]) -> bool:
+        """Whether the results are those for ``args``, and nobody asks for gradients, nor may change them."""
+        return (self._bare or not torch.is_grad_enabled()) and self.seen.at_rest((*args, *self.results))
 
     def holds(self, args: tuple[object, ...]) -> bool:
         """Whether the results are those for ``args``, today."""
-        told = not (self._untold and torch.is_grad_enabled())
-        return told and self._args.holds(args) and self._results.holds(self.results)
+        return not (self._untold and torch.is_grad_enabled()) and self.seen.holds((*args, *self.results))
 
     def given(self, graph: Graph, args: tuple[object, ...]) -> Sequence[torch.Tensor]:
         """The results; where gradients are wanted, with the way to the weights."""
@@ -198,9 +216,23 @@ def _tells(tensor: torch.Tensor) -> bool:
 def _state(args: Sequence[object]) -> object:
     """What else a result depends on."""
     casting = [(kind, torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
-    first = args[0] if args else None
-    stream = torch.cuda.current_stream(first.device) if isinstance(first, torch.Tensor) and first.is_cuda else None
+    there = args if torch.cuda.is_initialized() else ()
+    device = next((t.device for t in there if isinstance(t, torch.Tensor) and t.is_cuda), None)
+    stream = None if device is None else torch.cuda.current_stream(device)
     return *casting, stream
+
+
+def _on_cuda(tensors: Sequence[torch.Tensor]) -> bool:
+    return any(tensor.is_cuda for tensor in tensors)
+
+
+_REST = (None,)
+"""The state of a thread in which nothing is active, where there is one stream."""
+
+
+def _capturing() -> bool:
+    """Whether a CUDA graph is recorded: replayed, it is to compute anew from the weights of the day."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 _memories: weakref.WeakKeyDictionary[torch.nn.Module, Memory] = weakref.WeakKeyDictionary()
@@ -237,7 +269,8 @@ def remember(call: Call) -> str:
 
 def _run(name: str, args: list[torch.Tensor]) -> list[torch.Tensor]:
     graph, memory = _compiled[name]
-    return list(memory.results(graph, tuple(args)))
+    given = tuple(args)
+    return list(memory.at_rest(given) or memory.results(graph, given))
 
 
 def _like(name: str, args: list[torch.Tensor]) -> list[torch.Tensor]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
+from hopkit._torch.fakes import FakeMode
 from hopkit.extend.device import Seen
 
 
@@ -54,8 +57,10 @@ def test_a_change_is_seen(change: Callable[[Tensor], None]) -> None:
     tensors = nn.Parameter(torch.rand(3, 3)), torch.rand(2)
     seen = Seen(tensors)
     assert seen.holds(tensors)
+    assert seen.at_rest(tensors)
     change(tensors[0])
     assert not seen.holds(tensors)
+    assert not seen.at_rest(tensors)
 
 
 def test_other_tensors_are_others_though_they_are_equal() -> None:
@@ -76,6 +81,65 @@ def test_no_mode_is_a_change() -> None:
         for mode in (torch.no_grad(), torch.inference_mode(), torch.autocast("cpu")):
             with mode:
                 assert seen.holds(tensors)
+
+
+@contextmanager
+def _autocast_elsewhere() -> Iterator[None]:
+    torch.set_autocast_enabled("cuda", True)
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+
+
+@pytest.mark.parametrize(
+    "active",
+    [
+        torch.inference_mode,
+        lambda: torch.autocast("cpu"),
+        _autocast_elsewhere,
+        torch.autograd.forward_ad.dual_level,
+        lambda: FakeMode(allow_non_fake_inputs=True),
+    ],
+)
+def test_at_rest_nothing_is_active(active: Callable[[], AbstractContextManager[object]]) -> None:
+    tensors = (nn.Parameter(torch.rand(3, 3)),)
+    seen = Seen(tensors)
+    with active():
+        assert not seen.at_rest(tensors)
+    assert seen.at_rest(tensors)
+
+
+def test_at_rest_nothing_records_or_transforms() -> None:
+    tensors = (nn.Parameter(torch.rand(3, 3)),)
+    seen = Seen(tensors)
+    told: list[bool] = []
+
+    def ask(x: Tensor) -> Tensor:
+        told.append(seen.at_rest(tensors))
+        return x + 1
+
+    make_fx(ask)(torch.zeros(2))
+    make_fx(ask, pre_dispatch=True)(torch.zeros(2))
+    torch.vmap(ask)(torch.zeros(2))
+    torch.func.functionalize(ask)(torch.zeros(2))
+    assert told == [False] * 4
+
+
+def test_what_goes_with_tensors_is_looked_at_too() -> None:
+    tensors, lost = [torch.rand(3)], list[int]()
+    beside = [torch.rand(2)]
+    seen = Seen(tensors, lambda: lost.append(1), beside)
+    assert seen.holds([*tensors, *beside])
+    assert not seen.holds(tensors)
+    _write(beside[0])
+    assert not seen.holds([*tensors, *beside])
+    assert seen.of({id(tensors[0])})
+    assert not seen.of({id(beside[0])})
+    beside.clear()
+    assert not lost
+    tensors.clear()
+    assert lost
 
 
 def test_what_is_gone_is_told() -> None:

@@ -6,7 +6,9 @@ may be imported before the op is defined, or after; hopkit never imports it befo
 
 from __future__ import annotations
 
+import inspect
 import sys
+from collections.abc import Callable
 from types import FunctionType, ModuleType
 from typing import TYPE_CHECKING
 
@@ -36,6 +38,16 @@ def skip(function: FunctionType) -> None:
 def leave(reason: str) -> None:
     """Break the graph here, where Dynamo reads this: with ``fullgraph=True`` an error that gives the reason."""
     torch._dynamo.graph_break(msg=reason)
+
+
+def undecorated(function: Callable[..., object]) -> Callable[..., object]:
+    """What ``dont_skip_tracing`` made this of, which sets and resets options of Dynamo's at every call; or itself.
+
+    That keeps what it wraps in a closure and does not tell (torch/_dynamo/external_utils.py; 2.13, 2.14). If it is done
+    in another way, the options are set.
+    """
+    within = inspect.getclosurevars(function).nonlocals.get("func")
+    return within if callable(within) else function
 
 
 def register(name: str) -> None:

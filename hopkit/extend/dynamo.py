@@ -14,6 +14,7 @@ import torch
 from hopkit import binding, layout
 from hopkit._torch import trees
 from hopkit._torch.autograd import needs_gradient
+from hopkit._torch.dynamo import undecorated
 from hopkit._torch.state import foreign, transforming
 from hopkit.call import Call
 from hopkit.codec import Slot
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from hopkit._torch.frame import Frame, Read, Variable
     from hopkit._torch.operator import Operator
 
-__all__ = ["DynamoRule", "inline", "record"]
+__all__ = ["DynamoRule", "inline", "record", "undecorated"]
 
 
 class DynamoRule(Protocol):

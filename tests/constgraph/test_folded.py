@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import hopkit
-from hopkit_constgraph import Policy, fold, report_of, run_const_graph_once, stats
+from hopkit_constgraph import Policy, fold, module_of, report_of, run_const_graph_once, stats
 from tests.constgraph.models import IMAGE, Convolved, Merged, X
 from tests.recording import nodes, same
 
@@ -272,3 +272,46 @@ def test_plain_inputs_keep_their_names_and_are_checked() -> None:
     )
     compiled: Any = torch.compile(folded, backend="aot_eager", fullgraph=True)
     same(compiled(X, other=X.cos(), scale=2.0), want)
+
+
+def test_a_call_goes_the_short_way() -> None:
+    model, folded = pair()
+    with torch.no_grad():
+        same(folded(X), model(X))
+        ran: set[str] = set()
+        before = sys.getprofile()
+        sys.setprofile(lambda frame, *_: ran.add(frame.f_code.co_filename))
+        try:
+            folded(X)
+        finally:
+            sys.setprofile(before)
+    around = ("_dynamo", "_config_module.py", "_torch/operator.py", "autograd/function.py")
+    assert not [name for name in ran for part in around if part in name]
+    assert any(name.endswith("kept.py") for name in ran)
+
+
+def test_a_loaded_program_is_a_module_like_a_folded_one(tmp_path: Path) -> None:
+    model = Flat()
+    path = tmp_path / "folded.pt2"
+    torch.export.save(fold(torch.export.export(model, (X, X.cos()))), path)
+    made: Any = module_of(torch.export.load(path))
+    for each in (made, copy.deepcopy(made), pickle.loads(pickle.dumps(made))):
+        same(each(X, other=X.cos()), model(X, X.cos()))
+        assert "self._once(" in each.code
+        assert "self._checked(" in each.code
+        with pytest.raises((AssertionError, RuntimeError)):
+            each(X[:1], X.cos())
+    with torch.no_grad():
+        made.base.weight.mul_(2)
+        model.base.weight.mul_(2)
+        same(made(X, X.cos()), model(X, X.cos()))
+        assert stats(made).misses == 2
+    with pytest.raises(hopkit.HopkitError, match="got a Flat"):
+        module_of(cast("Any", model))
+
+
+def test_a_program_without_example_inputs_is_a_module_too() -> None:
+    model = Merged()
+    program = fold(torch.export.export(model, (X,)))
+    program._example_inputs = None
+    same(module_of(program)(X), model(X))

@@ -13,8 +13,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from hopkit._torch.fakes import FakeMode
 from hopkit_constgraph import clear, fold, refresh, run_const_graph_once, stats
 from tests.constgraph.models import Merged, X
+from tests.modes import Names
 from tests.recording import same
 from tests.saving import again
 
@@ -116,6 +118,39 @@ def test_what_is_written_to_a_constant_is_undone() -> None:
         for constant in cast("tuple[Tensor, ...]", run_const_graph_once(folded._const_graph, weights(folded))):
             constant.zero_()
         same(folded(X), model(X))
+
+
+def test_what_is_swapped_in_a_constant_is_undone() -> None:
+    model, folded = pair()
+    with torch.no_grad():
+        for change in (torch.zeros_like, torch.t):
+            (constant,) = cast("tuple[Tensor, ...]", run_const_graph_once(folded._const_graph, weights(folded)))
+            constant.data = change(constant.data)
+            same(folded(X), model(X))
+
+
+def test_who_looks_on_sees_constants_computed() -> None:
+    model, folded = pair()
+    with torch.no_grad():
+        folded(X)
+        with Names() as spy:
+            same(folded(X), model(X))
+        assert "aten.add.Tensor" in spy.names
+        same(torch.vmap(folded)(X.expand(3, *X.shape)), model(X).expand(3, 2, 8))
+        with FakeMode(allow_non_fake_inputs=True) as mode:
+            assert folded(mode.from_tensor(X)).shape == X.shape
+        same(folded(X), model(X))
+    assert counts(folded) == (1, 1)
+
+
+def test_a_cuda_graph_that_is_recorded_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, folded = pair()
+    with torch.no_grad():
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        for _ in range(2):
+            same(folded(X), model(X))
+    assert counts(folded) == (0, 0)
 
 
 def weights(folded: Any) -> tuple[Tensor, ...]:
