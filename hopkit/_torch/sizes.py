@@ -153,7 +153,7 @@ def readable(graph: Callable[..., object]) -> Callable[..., object]:
                 levels.append(node)
             elif node.target in (predispatch._vmap_decrement_nesting, predispatch._jvp_decrement_nesting):
                 levels.pop()
-            elif node.target in _OF_LEVEL:
+            elif node.target in _OF_LEVEL and levels:
                 node.update_arg(_OF_LEVEL[node.target], levels[-1])
             elif node.target in _READS:
                 node.op, node.target = "call_method", _READS[node.target]
