@@ -14,7 +14,7 @@ from hopkit.call import Call
 from hopkit.codec import Slot
 from hopkit.errors import CaptureError, RuleError
 from hopkit.layout import Slots, fill
-from hopkit.transform import Flat, of_inputs, vmap
+from hopkit.transform import NOTHING, Flat, of_inputs, vmap
 
 
 def hand_written(rule: Any, call: Call) -> object:
@@ -45,7 +45,7 @@ class _HandWritten(Step):
             run = vmap(run, dims, randomness)
         found = run(inputs)
         made = sum(kind == _MADE for kind, _ in self._places)
-        known = {_INPUT: inputs, _OUTPUT: found[: len(found) - made], _MADE: found[len(found) - made :]}
+        known = {_INPUT: inputs, _OUTPUT: found[: len(found) - made] or NOTHING, _MADE: found[len(found) - made :]}
         return known[_OUTPUT], tuple(known[kind][i] for kind, i in self._places)
 
     def _forward(self, inputs: Sequence[object]) -> tuple[object, ...]:
@@ -73,7 +73,7 @@ class _HandWritten(Step):
         known |= {id(v): (_MADE, i) for i, v in enumerate(made)}
         self._places = [known[id(v)] for v in saved.inputs]
         self._shapes = [v.shape if isinstance(v, torch.Tensor) else None for v in inputs]
-        return (*outputs, *made)
+        return (*(() if outputs is NOTHING else outputs), *made) or NOTHING  # a batch is of tensors
 
     def backward(
         self, saved: tuple[object, ...], gradients: tuple[torch.Tensor | None, ...]

@@ -347,6 +347,26 @@ def test_a_derivative_of_a_batch_is_differentiated_again_as_that_of_an_item(op: 
     torch.testing.assert_close(gradients(lambda: first + x, x), (1 - 4 * x.sin(),))
 
 
+@pytest.mark.parametrize("saves", [False, True])
+def test_a_batch_of_what_gives_back_its_operand(saves: bool) -> None:
+    @hopkit.define("t_back")
+    def back(body: hopkit.Subgraph, x: Tensor) -> Tensor:
+        return x
+
+    class Back:
+        @staticmethod
+        def forward(body: hopkit.Subgraph, x: Tensor) -> tuple[Tensor, object]:
+            return x, x.sin() if saves else x
+
+        @staticmethod
+        def backward(saved: Any, gradient: Tensor) -> list[Tensor]:
+            return [gradient]
+
+    back.rule("autograd")(Back)
+    x = torch.rand(4, 3, requires_grad=True)
+    torch.testing.assert_close(gradients(lambda: torch.vmap(lambda x: back(torch.sin, x) * 2)(x), x), (2 + 0 * x,))
+
+
 def test_what_closes_over_another_tensor_in_a_batch(op: Scaled) -> None:
     class Captured:
         @staticmethod
