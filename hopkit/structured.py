@@ -207,15 +207,21 @@ class _Choice(Step):
         return results
 
 
-def loop(going: Callable[..., object], step: Callable[..., object], state: T) -> T:
-    """``while going(*state): state = step(*state)``; gives the last state. Under vmap, an item that is done stays."""
-    goes = going(*cast("Sequence[object]", state))
+def loop(going: Callable[[T], object], step: Callable[[T], T], state: T) -> T:
+    """``while going(state): state = step(state)``, where Inductor compiles it as one node; gives the last state.
+
+    Args:
+        going: Gives a number, or a tensor of one element. Under vmap an item that is done stays as it is.
+        step: Gives the next state.
+        state: A pytree of tensors. A step gives one of the same structure, shapes, dtypes and devices.
+    """
+    goes = going(state)
     if _stays(goes):
-        return cast("T", _kept(going, step, cast("Sequence[object]", state)))
+        return _kept(going, step, state)
     while levels.anywhere(goes):
-        following = cast("T", step(*cast("Sequence[object]", state)))
+        following = step(state)
         state = _where(cast("torch.Tensor", goes), following, state) if levels.batched(goes) else following
-        goes = going(*cast("Sequence[object]", state))
+        goes = going(state)
     return state
 
 
@@ -231,17 +237,17 @@ def _stays(going: object) -> bool:
     return structured.unknown(going) or structured.loops_are_whole()
 
 
-def _kept(going: Callable[..., object], step: Callable[..., object], state: Sequence[object]) -> object:
-    closed = Closed((going, step), state)
+def _kept(going: Callable[[T], object], step: Callable[[T], T], state: T) -> T:
+    closed = Closed((going, step), (state,))
     _same_kind(closed.results[1], trees.map_leaves(_kind, state))
     if rehearsing():
-        return closed.stand_ins(1)
+        return cast("T", closed.stand_ins(1))
 
     def goes(values: Sequence[object]) -> Sequence[object]:
         (found,) = cast("Sequence[torch.Tensor]", closed.flat(0)(values))
         return (found.bool().reshape(()),)
 
-    return closed.result(1, _looped(goes, closed.flat(1), closed.operands, closed.captured))
+    return cast("T", closed.result(1, _looped(goes, closed.flat(1), closed.operands, closed.captured)))
 
 
 def _looped(goes: Flat, step: Flat, state: Sequence[torch.Tensor], captured: Sequence[object]) -> Sequence[object]:

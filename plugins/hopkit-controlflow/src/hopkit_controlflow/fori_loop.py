@@ -71,7 +71,7 @@ def fori_loop(lower: Bound, upper: Bound, body_fun: Callable[..., T], init_val: 
     """
     i, end = _first(lower, upper)
 
-    def step(i: torch.Tensor, state: T) -> tuple[torch.Tensor, T]:
-        return i + 1, _next(body_fun, i, state)
+    def step(state: tuple[torch.Tensor, T]) -> tuple[torch.Tensor, T]:
+        return state[0] + 1, _next(body_fun, *state)
 
-    return own(loop(lambda i, _: i < end, step, (i, start(init_val)))[1], [init_val])
+    return own(loop(lambda state: state[0] < end, step, (i, start(init_val)))[1], [init_val])

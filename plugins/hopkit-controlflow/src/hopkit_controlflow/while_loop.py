@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import TypeVar, cast
 
@@ -68,5 +69,4 @@ def while_loop(cond_fn: Callable[..., object], body_fn: Callable[..., T], carrie
         hopkit.SubgraphError: A state is unlike the one before, or is written to.
     """
     state = start(listed(CARRIED, carried_inputs))
-    last = loop(lambda *state: _going(cond_fn, state), lambda *state: _next(body_fn, state), state)
-    return own(last, carried_inputs)
+    return own(loop(functools.partial(_going, cond_fn), functools.partial(_next, body_fn), state), carried_inputs)
