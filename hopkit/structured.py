@@ -13,7 +13,7 @@ from typing import TypeVar, cast
 
 import torch
 
-from hopkit._torch import levels, structured, trees
+from hopkit._torch import levels, sizes, structured, trees
 from hopkit._torch.autograd import Step, apply, differentiable, needs_gradient
 from hopkit._torch.fakes import Stage, rehearsing
 from hopkit._torch.functional import memory
@@ -274,7 +274,7 @@ class _Trips(Step):
 
     def forward(self, inputs: tuple[object, ...]) -> tuple[tuple[object, ...], tuple[object, ...]]:
         count = self._count
-        values = (torch.zeros((), dtype=torch.int64), *inputs)
+        values = (cast("torch.Tensor", inputs[0]).new_zeros((), dtype=torch.int64), *inputs)
 
         def counted(values: Sequence[object]) -> Sequence[object]:
             return (cast("torch.Tensor", values[0]) + 1, *self._step(values[1:]))
@@ -362,6 +362,8 @@ def _swept(
         return following, trees.map_leaves(torch.as_tensor, y)
 
     closed = Closed((stacked,), (carry, [x[0] for x in xs]))
+    if sizes.numbers([*xs, *closed.operands, *closed.captured]):
+        raise Unstructured("Inductor does not find the sizes that are in the middle of a sweep")
     given = cast("tuple[object, _Kind]", closed.results[0])
     _same_kind(given[0], trees.map_leaves(_kind, carry))
     if rehearsing():
@@ -393,7 +395,7 @@ def _scanned(
     if carry:
         return structured.scan(structured.trace(step, example), carry, xs, captured)
     # Inductor takes no scan of a single result.
-    idle = torch.zeros(())
+    idle = xs[0].new_zeros(())
     graph = structured.trace(lambda values: own((values[0], *step(values[1:])), [list(values)]), (idle, *example))
     return structured.scan(graph, [idle], xs, captured)[1:]
 
@@ -442,11 +444,11 @@ class _Sweep(Step):
         along = {i: g for i in self._carries if (g := gradients[stop + i]) is not None}
         wrt = [*self._carries, *self._xs, *self._captured]
         pull = _pulled(self._step, wrt, [*self._carries, *stacked])
-        sizes = [len(self._carries), len(self._captured), len(before), len(xs), len(stacked), len(along)]
+        counts = [len(self._carries), len(self._captured), len(before), len(xs), len(stacked), len(along)]
 
         def back(values: Sequence[object]) -> Sequence[object]:
             rest = iter(cast("Sequence[torch.Tensor]", values))
-            slopes, sums, at, x, slopes_of_y, more = ([*itertools.islice(rest, size)] for size in sizes)
+            slopes, sums, at, x, slopes_of_y, more = ([*itertools.islice(rest, size)] for size in counts)
             found = [*cast("Sequence[torch.Tensor]", pull((*at, *x, *rest, *slopes, *slopes_of_y)))]
             for i, slope in zip(along, more, strict=True):
                 found[self._carries.index(i)] = found[self._carries.index(i)] + slope

@@ -114,4 +114,12 @@ def while_stacked(
 def scan(step: GraphModule, carry: Sequence[object], xs: Sequence[torch.Tensor], captured: Sequence[object]) -> Tensors:
     """The last carry, and what every step gives besides, stacked; below autograd."""
     with below_autograd():
-        return tuple(torch.ops.higher_order.scan(step, list(carry), list(xs), tuple(captured)))
+        first, along, others = (list(map(_computed, values)) for values in (carry, xs, captured))
+        return tuple(torch.ops.higher_order.scan(step, first, along, tuple(others)))
+
+
+def _computed(value: object) -> object:
+    """``value``; the operator does not take a constant of an exported program for a tensor of the recording."""
+    if not isinstance(value, torch.Tensor) or isinstance(unfunctional(value), FakeTensor):
+        return value
+    return value.view_as(value)
