@@ -77,7 +77,7 @@ class Closed:
     """
 
     def __init__(self, functions: Sequence[Callable[..., object]], args: Sequence[object]) -> None:
-        self._functions = functions
+        self._functions, self._casts = functions, structured.casts()
         # A function around this one may be recorded now, with others in the place of what it closes over.
         self._leaves, self._tree = trees.flatten(replaced(tuple(args)))
         self.operands = tuple(leaf for leaf in self._leaves if isinstance(leaf, torch.Tensor))
@@ -106,7 +106,7 @@ class Closed:
 
         def run(values: Sequence[object]) -> Sequence[object]:
             new = dict(zip(map(id, self._outside), values[count:], strict=True))
-            with Substitute(lambda value: new.get(id(value), value)) as mode:
+            with self._casts(), Substitute(lambda value: new.get(id(value), value)) as mode:
                 result = mode.replaced(self._functions[number](*self._arguments(values[:count])))
             return _tensors(own(result, [list(values)]))
 
