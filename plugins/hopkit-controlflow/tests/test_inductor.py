@@ -10,8 +10,9 @@ import pytest
 import torch
 from hopkit_controlflow import cond, fori_loop, map, scan, switch, while_loop
 from torch import Tensor
-from torch._inductor.utils import run_and_get_code
 from torch.testing import assert_close
+
+from hopkit._torch.inductor import written as compiled_to
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning"),  # torch's own use
@@ -79,8 +80,8 @@ def compared(function: Function, x: Tensor, w: Tensor, training: bool) -> tuple[
 def test_nothing_is_called_back(function: Function, training: bool) -> None:
     torch.compiler.reset()
     compiled = torch.compile(function, fullgraph=True)
-    _, code = run_and_get_code(lambda: compared(compiled, X, W, training))
-    assert "torch.ops.hopkit" not in "".join(code)
+    _, code = compiled_to(lambda: compared(compiled, X, W, training))
+    assert "torch.ops.hopkit" not in code
     for x in WAYS:
         assert_close(compared(compiled, x, W, training), compared(function, x, W, training))
 
@@ -93,8 +94,8 @@ def test_code_does_not_grow_with_the_number_of_trips(function: Function, monkeyp
             f"{__name__}.LONG", torch.linspace(-1, 1, 3 * length, dtype=torch.float64).reshape(length, 3)
         )
         compiled = torch.compile(function, fullgraph=True)
-        _, code = run_and_get_code(lambda: compared(compiled, X, W, training=True))
-        return "".join(code).count("cpp_pybinding(")
+        _, code = compiled_to(lambda: compared(compiled, X, W, training=True))
+        return code.count("cpp_pybinding(")
 
     assert written(300) == written(3000)
 
@@ -131,8 +132,10 @@ def test_a_package_decides_and_loops(tmp_path: Path) -> None:
         def forward(self, x: Tensor) -> Any:
             return chosen(x, W) + grown(x, W) + mapped(x, W).sum()
 
+    from torch._inductor import aoti_compile_and_package, aoti_load_package  # loads torch's compiler
+
     program = torch.export.export(Model(), (X,))
-    path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
-    packaged = torch._inductor.aoti_load_package(path)
+    path = aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
+    packaged = aoti_load_package(path)
     for x in WAYS:
         assert_close(packaged(x), Model()(x))
