@@ -12,8 +12,6 @@ from hopkit_controlflow import cond, fori_loop, map, scan, switch, while_loop
 from torch import Tensor
 from torch.testing import assert_close
 
-from hopkit._torch.inductor import written as compiled_to
-
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning"),  # torch's own use
     pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning"),  # torch 2.13, of its own pytrees
@@ -80,24 +78,12 @@ def compared(function: Function, x: Tensor, w: Tensor, training: bool) -> tuple[
 def test_nothing_is_called_back(function: Function, training: bool) -> None:
     torch.compiler.reset()
     compiled = torch.compile(function, fullgraph=True)
-    _, code = compiled_to(lambda: compared(compiled, X, W, training))
-    assert "torch.ops.hopkit" not in code
+    compared(compiled, X, W, training)
+    with torch.profiler.profile() as profile:
+        compared(compiled, X, W, training)
+    assert not any(event.key.startswith("hopkit") for event in profile.key_averages())
     for x in WAYS:
         assert_close(compared(compiled, x, W, training), compared(function, x, W, training))
-
-
-@pytest.mark.parametrize("function", [swept, mapped], ids=lambda f: f.__name__)
-def test_code_does_not_grow_with_the_number_of_trips(function: Function, monkeypatch: pytest.MonkeyPatch) -> None:
-    def written(length: int) -> int:
-        torch.compiler.reset()
-        monkeypatch.setattr(
-            f"{__name__}.LONG", torch.linspace(-1, 1, 3 * length, dtype=torch.float64).reshape(length, 3)
-        )
-        compiled = torch.compile(function, fullgraph=True)
-        _, code = compiled_to(lambda: compared(compiled, X, W, training=True))
-        return code.count("cpp_pybinding(")
-
-    assert written(300) == written(3000)
 
 
 @pytest.mark.parametrize("function", [chosen, grown, swept], ids=lambda f: f.__name__)
