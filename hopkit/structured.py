@@ -161,7 +161,7 @@ def choose(decides: object, yes: Callable[..., T], no: Callable[..., T], operand
     _same_kind(*closed.results)
     if rehearsing():
         return cast("T", closed.stand_ins(0))
-    inputs = (*closed.operands, *closed.captured)
+    inputs = own((*closed.operands, *closed.captured), ())  # torch's nodes take no tensor twice
     found = _chosen(cast("torch.Tensor", decides).bool().reshape(()), (closed.flat(0), closed.flat(1)), inputs)
     return cast("T", closed.result(0, found))
 
@@ -251,7 +251,7 @@ def _kept(going: Callable[[T], object], step: Callable[[T], T], state: T) -> T:
 
 
 def _looped(goes: Flat, step: Flat, state: Sequence[torch.Tensor], captured: Sequence[object]) -> Sequence[object]:
-    state = [value.contiguous() for value in state]
+    state, captured = own((tuple(state), tuple(captured)), ())
     inputs = (*state, *captured)
     if needs_gradient(inputs):
         return apply(_Trips(goes, step, len(state), inputs), inputs)[: len(state)]
@@ -379,7 +379,7 @@ def _swept(
 def _along(
     step: Flat, carry: Sequence[torch.Tensor], xs: Sequence[torch.Tensor], captured: Sequence[object]
 ) -> Sequence[object]:
-    carry, xs = [c.contiguous() for c in carry], [x.contiguous() for x in xs]
+    carry, xs, captured = own((tuple(carry), tuple(xs), tuple(captured)), ())
     inputs = (*carry, *xs, *captured)
     if needs_gradient(inputs):
         sweeping = _Sweep(step, len(carry), len(xs), inputs)
