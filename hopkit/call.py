@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -16,6 +17,7 @@ from hopkit._torch import schema, sizes, trees
 from hopkit._torch.autograd import computed, differentiable, needs_gradient
 from hopkit._torch.fakes import Stage, copied, outside_modes, same_storage, together
 from hopkit._torch.functional import memory
+from hopkit._torch.structured import Unstructured, loops_stay
 from hopkit._torch.watch import Count, Same, Substitute, Watch, custom_backward, sources
 from hopkit.codec import Slot
 from hopkit.layout import Layout, Meta
@@ -24,6 +26,9 @@ from hopkit.record import run_or_examples
 from hopkit.spec import Kind, OpSpec
 
 GraphLike = Callable[..., object]
+
+MOST_INLINED = 200
+"""So many operators Inductor gets one after the other, and fuses them; of more it gets a loop, or a call."""
 
 
 class Target(Protocol):
@@ -345,15 +350,28 @@ class Call:
         )
         return dataclasses.replace(self, graphs=(graph,), inputs=tuple(inputs), options={}, layout=layout)
 
-    def takes_few(self, most: int) -> bool:
-        """Whether the body as it stands decides on no value, and takes at most so many operators."""
+    def inlined(self, run: Callable[[], object]) -> object:
+        """What ``run``, the body in some modes, gives: Inductor gets its operators, and not a call of it.
+
+        A loop that takes many is a loop there, too.
+
+        Raises:
+            Unstructured: The body decides on values as Inductor knows no way to, or takes too many operators.
+        """
+        for around in (contextlib.nullcontext, loops_stay):
+            with around():
+                if self._takes_few():
+                    return run()
+        raise Unstructured(f"op '{self.op.name}' takes too many operators, or needs values")
+
+    def _takes_few(self) -> bool:
         if self.op.effectful:
             return False
         stage, count = Stage(self.inputs), Count()
 
         def inside(graph: GraphLike) -> GraphLike:
             def run(*inputs: object) -> object:
-                if count.operators > most:  # said here, where an error is sure to arrive
+                if count.operators > MOST_INLINED:  # said here, where an error is sure to arrive
                     raise OverflowError
                 with Substitute(stage.stand_in):
                     return sizes.readable(graph)(*inputs)
@@ -367,7 +385,7 @@ class Call:
                     call.run()
             except Exception:  # too many, or one that needs a value
                 return False
-        return count.operators <= most
+        return count.operators <= MOST_INLINED
 
     @functools.cached_property
     def rehearsal(self) -> Rehearsal:

@@ -12,6 +12,7 @@ from hopkit._torch import functional, inductor, keys, levels, library, trees
 from hopkit._torch.autograd import dual, level_is_off, needs_gradient, passed_on
 from hopkit._torch.fakes import FakeMode, autograd_on, bound, in_mode, run_in_mode, transforms_on
 from hopkit._torch.operator import DispatchMode, Kernel, Key
+from hopkit._torch.structured import Unstructured
 from hopkit._torch.tracing import ProxyMode, Tracer
 from hopkit.authored import batched, pushed
 from hopkit.call import Call, as_before
@@ -23,9 +24,6 @@ from hopkit.spec import OpSpec
 
 if TYPE_CHECKING:
     from hopkit.modes import Mode
-
-MOST_INLINED = 200
-"""So many operators of a loop Inductor gets one after the other, and fuses them; more it calls back."""
 
 Decode = Callable[..., Call]
 Function = Callable[..., object]
@@ -64,18 +62,25 @@ def _inlining(op: str, kernel: Kernel, answers: Sequence[Answer], decode: Decode
         if not inductor.compiling():
             return kernel(mode, *args, **kwargs)
         call = decode(*args, **kwargs)
-        if called_back(call.op) and not call.takes_few(MOST_INLINED):
-            return _call_back(mode, call)
+        devices = {"", *(value.device.type for value in call.inputs if isinstance(value, torch.Tensor))}
+        rules = _rules([answer for answer in answers if answer.device in devices])
+
+        def here() -> object:
+            with mode:
+                return call.run(None if call.derivative else lambda *a, **k: ask(op, "device", rules, *a, **k))
+
+        if called_back(call.op):
+            try:
+                return call.inlined(here)
+            except Unstructured:
+                return _call_back(mode, call)
         if outlined(call.op) and not call.whole:
             return (
                 outline(Tracer(mode, call.inputs), call)
                 if isinstance(mode, ProxyMode)
                 else kernel(mode, *args, **kwargs)
             )
-        devices = {"", *(value.device.type for value in call.inputs if isinstance(value, torch.Tensor))}
-        rules = _rules([answer for answer in answers if answer.device in devices])
-        with mode:
-            return call.run(None if call.derivative else lambda *a, **k: ask(op, "device", rules, *a, **k))
+        return here()
 
     return inlining
 

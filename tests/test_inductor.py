@@ -15,6 +15,7 @@ import hopkit
 from hopkit import Op, OpSpec, Subgraph
 from hopkit._torch.inductor import written
 from hopkit.extend import Call
+from hopkit.extend.body import own, sweep
 from hopkit.extend.inductor import inline, lowered
 from tests.recording import define_once, define_twice, same
 
@@ -180,3 +181,20 @@ def test_an_outlined_subgraph_is_compiled_once(training: bool) -> None:
     got, code = written(step, torch.compile(run, fullgraph=True))
     same(got, want)
     assert len(re.findall(r"cpp_pybinding\(", code)) <= (4 if training else 2)  # and not some for each of four layers
+
+
+def test_code_does_not_grow_with_the_number_of_trips() -> None:
+    @hopkit.define("t_total", inputs=lambda step, c, xs: ((c, xs[0]),), outputs=lambda step, c, xs: torch.empty_like(c))
+    def total(step: Subgraph, c: Tensor, xs: Tensor) -> Tensor:
+        return own(sweep(lambda c, x: (step(c, x), x.sum()), c, xs)[0], [c, xs])
+
+    def run(xs: Tensor) -> Tensor:
+        return total(lambda c, x: (c * W / 2).sin() + x, W, xs)
+
+    counts = []
+    for length in (300, 3000):
+        xs = torch.linspace(-1.0, 1.0, 4 * length).reshape(length, 4)
+        got, count = kernels(run, xs)
+        same(got, run(xs))
+        counts.append(count)
+    assert counts[0] == counts[1] < 10

@@ -121,7 +121,7 @@ _OPAQUE: dict[object, str] = {
 
 
 class Count(TorchDispatchMode):
-    """How many operators ran."""
+    """How many operators ran that give tensors; to read a tensor's device is one that does not."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call] # torch's
@@ -134,8 +134,9 @@ class Count(TorchDispatchMode):
         args: tuple[object, ...] = (),
         kwargs: Mapping[str, object] | None = None,
     ) -> object:
-        self.operators += 1
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        self.operators += any(isinstance(leaf, torch.Tensor) for leaf in trees.leaves(result))
+        return result
 
 
 class Lossy(TorchFunctionMode):

@@ -24,6 +24,7 @@ from hopkit._torch.checkpoint import uncounted
 from hopkit._torch.library import raises_when_run
 from hopkit._torch.partition import OutsideError
 from hopkit._torch.state import recording_ahead
+from hopkit._torch.structured import Unstructured, compiling
 from hopkit.call import Call
 from hopkit.errors import no_gradient
 from hopkit.region import Halves
@@ -33,9 +34,11 @@ __all__ = [
     "Halves",
     "OutsideError",
     "Step",
+    "Unstructured",
     "Vjp",
     "apply",
     "below_autograd",
+    "compiling",
     "differentiable",
     "dual",
     "every_level",

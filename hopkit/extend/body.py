@@ -14,22 +14,25 @@ from hopkit._torch import levels
 from hopkit._torch.autograd import differentiable, versions
 from hopkit._torch.checkpoint import computed_again
 from hopkit._torch.fakes import Stage, autograd_on
-from hopkit._torch.functional import memory
 from hopkit._torch.trees import Tree, flatten, leaves, map_leaves, unflatten
 from hopkit._torch.watch import Substitute
+from hopkit.structured import choose, loop, own, sweep
 from hopkit.transform import Replayed, leaf
 
 __all__ = [
     "Tree",
+    "choose",
     "computed_again",
     "flatten",
     "is_recorded",
     "leaves",
+    "loop",
     "map_leaves",
     "on_stand_ins",
     "own",
     "pull",
     "split",
+    "sweep",
     "unflatten",
     "versions",
 ]
@@ -66,30 +69,6 @@ def _touched(leaf: object) -> object:
     return cast("torch.Tensor", leaf).view_as(cast("torch.Tensor", leaf))
 
 
-def own(result: T, inputs: Sequence[object]) -> T:
-    """``result``, contiguous, with a copy of every tensor that shares memory with an input or with another output.
-
-    A graph is made before it is known which way an op goes. What comes out must be of one layout, and be the op's own,
-    whichever way that is.
-
-    Args:
-        result: A pytree of tensors.
-        inputs: Pytrees of what it may share memory with.
-    """
-    taken = {_memory(leaf) for leaf in leaves(list(inputs)) if isinstance(leaf, torch.Tensor)}
-
-    def owned(leaf: object) -> object:
-        if not isinstance(leaf, torch.Tensor):
-            return leaf
-        leaf = leaf.contiguous()
-        if _memory(leaf) in taken:
-            leaf = leaf.clone(memory_format=torch.contiguous_format)
-        taken.add(_memory(leaf))
-        return leaf
-
-    return map_leaves(owned, result)
-
-
 def is_recorded(subgraph: Callable[..., object]) -> bool:
     """Whether what a body got for a subgraph is a graph, for which all was checked when it was recorded."""
     return isinstance(subgraph, Replayed)
@@ -104,11 +83,6 @@ def on_stand_ins(function: Callable[[], T]) -> T:
     stage = Stage([])
     with stage.open(), Substitute(stage.stand_in) as mode:
         return mode.replaced(function())
-
-
-def _memory(tensor: torch.Tensor) -> object:
-    found = memory(levels.base(tensor))
-    return id(tensor) if found is None else found
 
 
 def split(value: T) -> tuple[list[torch.Tensor], Callable[..., T]]:

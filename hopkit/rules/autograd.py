@@ -10,6 +10,7 @@ computes and its derivative as one graph, lets torch's partitioner cut it, and r
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Container, Sequence
 from typing import NoReturn, cast
 
@@ -20,8 +21,10 @@ from hopkit.extend.autograd import (
     Halves,
     OutsideError,
     Step,
+    Unstructured,
     apply,
     below_autograd,
+    compiling,
     differentiable,
     dual,
     needs_gradient,
@@ -61,6 +64,9 @@ def derive(call: Call) -> object:
             why="backward would run the body again, and its body cannot be recorded in its place",
             todo='Write its derivative (`@op.rule("autograd")`), or record it under torch.no_grad()',
         )
+    if call.op.outputs is not None and call.layout is not None and not call.whole and compiling():
+        with contextlib.suppress(Unstructured):
+            return call.inlined(call.run)  # each of its steps has a derivative that Inductor knows
     if hidden and torch.compiler.is_exporting():  # its node is there already
         return apply(Untold(call, hidden), call.inputs)
     if hidden or call.layout is None:

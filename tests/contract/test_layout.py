@@ -19,7 +19,7 @@ LAYERS = [
     ["binding", "codec", "origin", "program", "rule"],
     ["asking", "hookspecs", "layout", "parameters"],
     ["digest", "manager", "probe", "transform"],
-    ["installed", "record", "saved"],
+    ["installed", "record", "saved", "structured"],
     ["call", "live", "resolve"],
     ["authored", "region"],
     ["extend", "handwritten"],

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
 
 import hopkit
-from hopkit.extend.body import own
+from hopkit.extend.body import choose, own
 from hopkit_controlflow.agreement import agreed, alike, called, chosen, listed, predicate, shapes
 
 NAME = "controlflow_cond"
@@ -75,5 +76,5 @@ def cond(
         return own(chosen(pred, *_both(true_fn, false_fn, operands)), operands)
     if isinstance(pred, torch.Tensor):
         agreed((true_fn, false_fn), operands, lambda: _both(true_fn, false_fn, operands))
-    name, function = ("true_fn", true_fn) if pred else ("false_fn", false_fn)
-    return own(called(NAME, name, function, *operands), operands)
+    yes, no = functools.partial(called, NAME, "true_fn", true_fn), functools.partial(called, NAME, "false_fn", false_fn)
+    return own(choose(pred, yes, no, operands), operands)

@@ -8,8 +8,8 @@ from typing import TypeVar, cast
 import torch
 
 import hopkit
-from hopkit.extend.body import own
-from hopkit_controlflow.agreement import alike, called, chosen, number, predicate, shapes, start
+from hopkit.extend.body import loop, own
+from hopkit_controlflow.agreement import alike, called, number, predicate, shapes, start
 
 NAME = "controlflow_fori_loop"
 START = "'init_val' is"
@@ -70,9 +70,8 @@ def fori_loop(lower: Bound, upper: Bound, body_fun: Callable[..., T], init_val: 
         hopkit.SubgraphError: A state is unlike the one before, or is written to.
     """
     i, end = _first(lower, upper)
-    state = start(init_val)
-    while hopkit.anywhere(going := i < end):
-        following = _next(body_fun, i, state)
-        state = chosen(going, following, state) if hopkit.batched(going) else following
-        i = i + 1
-    return own(state, [init_val])
+
+    def step(state: tuple[torch.Tensor, T]) -> tuple[torch.Tensor, T]:
+        return state[0] + 1, _next(body_fun, *state)
+
+    return own(loop(lambda state: state[0] < end, step, (i, start(init_val)))[1], [init_val])

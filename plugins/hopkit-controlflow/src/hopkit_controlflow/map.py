@@ -56,4 +56,5 @@ def map(f: Callable[..., Y], xs: X, *args: A) -> Y:
         hopkit.CallError: ``xs`` are of different lengths, or a tensor of it has no dimension.
         hopkit.SubgraphError: ``f`` writes to what it is given.
     """
-    return own(Along(NAME, "xs", xs).stacked(lambda x: called(NAME, "f", f, x, *args)), [xs, *args])
+    ys = Along(NAME, "xs", xs).swept(lambda _, x: (None, called(NAME, "f", f, x, *args)), None)[1]
+    return own(ys, [xs, *args])

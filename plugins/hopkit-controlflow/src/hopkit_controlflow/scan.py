@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -76,13 +77,5 @@ def scan(combine_fn: Callable[..., tuple[C, Y]], init: C, xs: X, *, dim: int = 0
         hopkit.CallError: ``xs`` are of different lengths, or have no such dimension.
         hopkit.SubgraphError: A carry is unlike the one before, or is written to.
     """
-    carry = first = start(init)
-
-    def step(x: X) -> Y:
-        nonlocal carry
-        carry, y = _next(combine_fn, carry, x)
-        return y
-
     along = Along(NAME, "xs", xs, dim)
-    out = along.stacked(step, reverse)
-    return own((carry if along.length else first, out), [init, xs])
+    return own(along.swept(functools.partial(_next, combine_fn), start(init), reverse), [init, xs])

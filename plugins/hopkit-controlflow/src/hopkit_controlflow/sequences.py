@@ -8,8 +8,9 @@ from typing import Generic, TypeVar, cast
 import torch
 
 import hopkit
-from hopkit.extend.body import flatten, leaves, map_leaves, unflatten
+from hopkit.extend.body import flatten, map_leaves, sweep, unflatten
 
+C = TypeVar("C")
 X = TypeVar("X")
 Y = TypeVar("Y")
 
@@ -52,39 +53,34 @@ class Along(Generic[X]):
     def _like(self, parts: Sequence[torch.Tensor]) -> X:
         return cast("X", unflatten(parts, self._tree))
 
-    def stacked(self, step: Callable[[X], Y], reverse: bool = False) -> Y:
-        """What ``step`` gives for every slice, one after the other in this dimension.
+    def swept(self, step: Callable[[C, X], tuple[C, Y]], carry: C, reverse: bool = False) -> tuple[C, Y]:
+        """As `sweep`, in this dimension. What has too few of them is stacked in the first, as in torch.
 
-        Where that has too few dimensions it is in the first, as in torch. Of no slices there is an empty result.
+        Of no slices there is ``carry``, and an empty result.
         """
-        parts = [x.unbind(self.dim) for x in self._xs]
-        order = range(self.length)
-        ys = [step(self._like([part[i] for part in parts])) for i in (reversed(order) if reverse else order)]
-        ys = ys[::-1] if reverse else ys
-        _, tree = flatten(first := ys[0] if ys else step(self._beyond()))
-        tensors = [list(map(torch.as_tensor, many)) for many in zip(*map(leaves, ys or [first]), strict=True)]
-        stacks = [torch.stack(many, self._place(many[0])) for many in tensors]
-        if not ys:
-            stacks = [x.narrow(self._place(many[0]), 0, 0) for x, many in zip(stacks, tensors, strict=True)]
-        return cast("Y", unflatten(stacks, tree))
+        xs = [x.movedim(self.dim, 0) for x in self._xs] if self.length else self._beyond()
+        last, ys = sweep(step, carry, self._like(xs), reverse=reverse)
+        ys = ys if self.length else map_leaves(lambda y: cast("torch.Tensor", y)[:0], ys)
+        return last if self.length else carry, map_leaves(self._placed, ys)
 
-    def _beyond(self) -> X:
+    def _placed(self, y: object) -> object:
+        y = cast("torch.Tensor", y)
+        return y.movedim(0, self.dim if self.dim < y.dim() else 0)
+
+    def _beyond(self) -> list[torch.Tensor]:
         """Zeros in place of a slice, where there is none; what depends on them depends on ``xs``."""
         zeros = [x.new_zeros((*x.shape[: self.dim], 1, *x.shape[self.dim + 1 :])) for x in self._xs]
         pairs = zip(self._xs, zeros, strict=True)
-        return self._like([torch.cat(pair, self.dim).select(self.dim, 0) for pair in pairs])
+        return [torch.cat(pair, self.dim).movedim(self.dim, 0) for pair in pairs]
 
     def room(self, y: Y) -> Y:
-        """Without values, what `stacked` gives for steps that each give ``y``."""
+        """Without values, what `swept` stacks for steps that each give ``y``."""
         return map_leaves(self._room, y)
 
     def _room(self, leaf: object) -> object:
         y = torch.as_tensor(leaf)
-        dim = self._place(y)
+        dim = self.dim if self.dim <= y.dim() else 0
         return y.new_empty((*y.shape[:dim], self.length, *y.shape[dim:]))
-
-    def _place(self, y: torch.Tensor) -> int:
-        return self.dim if self.dim <= y.dim() else 0
 
 
 def _told(leaf: object) -> str:

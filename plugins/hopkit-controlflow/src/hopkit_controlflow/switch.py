@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
 
 import hopkit
-from hopkit.extend.body import own
+from hopkit.extend.body import choose, own
 from hopkit_controlflow.agreement import agreed, alike, called, chosen, predicate, shapes
 
 NAME = "controlflow_switch"
@@ -76,5 +76,13 @@ def switch(index: Index, branches: tuple[Callable[..., T], ...], *operands: A) -
         return own(found, operands)
     if isinstance(index, torch.Tensor):
         agreed(branches, operands, lambda: _all(branches, operands))
-    taken = max(0, min(int(index), len(branches) - 1))
-    return own(called(NAME, f"branches[{taken}]", branches[taken], *operands), operands)
+    return own(_from(0, index, branches, operands), operands)
+
+
+def _from(i: int, index: Index, branches: tuple[Callable[..., T], ...], operands: Sequence[object]) -> T:
+    def this(*operands: object) -> T:
+        return called(NAME, f"branches[{i}]", branches[i], *operands)
+
+    if i == len(branches) - 1:
+        return this(*operands)
+    return choose(index <= i, this, lambda *operands: _from(i + 1, index, branches, operands), operands)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import TypeVar, cast
 
 import torch
 
 import hopkit
-from hopkit.extend.body import own
-from hopkit_controlflow.agreement import alike, called, chosen, listed, predicate, shapes, start
+from hopkit.extend.body import loop, own
+from hopkit_controlflow.agreement import alike, called, listed, predicate, shapes, start
 
 NAME = "controlflow_while_loop"
 GOING = f"what subgraph 'cond_fn' of op '{NAME}' gives"
@@ -45,12 +46,12 @@ def _abstract(cond_fn: Callable[..., object], body_fn: Callable[..., T], carried
     return shapes(_next(body_fn, state))
 
 
-def _going(cond_fn: Callable[..., object], state: T) -> object:
+def _going(cond_fn: Callable[..., object], state: Sequence[object]) -> object:
     return predicate(GOING, called(NAME, "cond_fn", cond_fn, *state))
 
 
-def _next(body_fn: Callable[..., T], state: T) -> T:
-    return alike(NAME, "body_fn", called(NAME, "body_fn", body_fn, *state), START, state)
+def _next(body_fn: Callable[..., object], state: T) -> T:
+    return alike(NAME, "body_fn", cast("T", called(NAME, "body_fn", body_fn, *state)), START, state)
 
 
 @hopkit.define(NAME, abstract=_abstract, samples=samples)
@@ -68,8 +69,4 @@ def while_loop(cond_fn: Callable[..., object], body_fn: Callable[..., T], carrie
         hopkit.SubgraphError: A state is unlike the one before, or is written to.
     """
     state = start(listed(CARRIED, carried_inputs))
-    while hopkit.anywhere(going := _going(cond_fn, state)):
-        following = _next(body_fn, state)
-        batched = isinstance(going, torch.Tensor) and hopkit.batched(going)
-        state = chosen(cast("torch.Tensor", going), following, state) if batched else following
-    return own(state, carried_inputs)
+    return own(loop(functools.partial(_going, cond_fn), functools.partial(_next, body_fn), state), carried_inputs)
