@@ -98,7 +98,7 @@ TORCH_DOES = (
     "Without gradients, functions may write to what they are given. Here it is a `SubgraphError`: write to a copy.",
     "A function may detach a part, or run it without gradients, in a graph that trains. Here that is right in eager, "
     "and where a graph is made an `AutogradError`.",
-    "AOTInductor packages the functions of `torch.cond` and `torch.while_loop`, and there is code for Triton.",
+    "There is code for Triton. What the plugin's ops become under Inductor was compiled on a CPU alone.",
 )
 TORCH_DOES_NOT = (
     "Functions may give back what they got, or one tensor twice, or views of it.",

@@ -16,7 +16,7 @@ from hopkit import layout as layouts
 from hopkit._torch import schema, sizes, trees
 from hopkit._torch.autograd import computed, differentiable, needs_gradient
 from hopkit._torch.fakes import Stage, copied, outside_modes, same_storage, together
-from hopkit._torch.functional import memory
+from hopkit._torch.functional import is_functional, memory
 from hopkit._torch.structured import Unstructured, loops_stay
 from hopkit._torch.watch import Count, Same, Substitute, Watch, custom_backward, sources
 from hopkit.codec import Slot
@@ -49,8 +49,7 @@ class Pure:
 
     def __call__(self, *inputs: object) -> object:
         # torch cannot functionalize twice: one that wrapped the inputs already sees the graph as it was.
-        wrapped = any(isinstance(value, torch.Tensor) and torch._is_functional_tensor(value) for value in inputs)
-        return self.plain(*inputs) if wrapped else self.run(*inputs)
+        return self.plain(*inputs) if any(map(is_functional, inputs)) else self.run(*inputs)
 
 
 def as_before(graph: GraphLike) -> GraphLike:

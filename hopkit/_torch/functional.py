@@ -132,8 +132,11 @@ def active(layer: Functionalizer) -> contextlib.AbstractContextManager[object]:
 
 def assignable(layer: Functionalizer, value: object) -> bool:
     """Whether this is a tensor that ``layer`` wrapped: others are real, and it would write to them for good."""
-    if by_mode(layer):
-        return isinstance(value, FunctionalTensor)
+    return isinstance(value, FunctionalTensor) if by_mode(layer) else is_functional(value)
+
+
+def is_functional(value: object) -> bool:
+    """Whether this is a tensor that ``torch.func.functionalize`` wrapped."""
     return isinstance(value, torch.Tensor) and torch._is_functional_tensor(value)
 
 
