@@ -192,7 +192,7 @@ class _Choice(Step):
         self._decides, self._ways, self._wrt = decides, ways, _wanted(inputs)
 
     def forward(self, inputs: tuple[object, ...]) -> tuple[tuple[object, ...], tuple[object, ...]]:
-        yes, no = (structured.trace(way, inputs) for way in self._ways)
+        yes, no = (structured.trace(way, inputs, again=True) for way in self._ways)
         return structured.cond(self._decides, yes, no, inputs), inputs
 
     def backward(
@@ -281,7 +281,7 @@ class _Trips(Step):
 
         goes = structured.trace(lambda values: self._goes(values[1:]), values)
         stacks = structured.while_stacked(
-            goes, structured.trace(counted, values), values[: count + 1], values[count + 1 :]
+            goes, structured.trace(counted, values, again=True), values[: count + 1], values[count + 1 :]
         )
         outputs = (*(stack[-1].clone() for stack in stacks[1:]), *stacks)
         return outputs, (*inputs, *stacks)
@@ -389,14 +389,23 @@ def _along(
 
 
 def _scanned(
-    step: Flat, carry: Sequence[torch.Tensor], xs: Sequence[torch.Tensor], captured: Sequence[object]
+    step: Flat,
+    carry: Sequence[torch.Tensor],
+    xs: Sequence[torch.Tensor],
+    captured: Sequence[object],
+    *,
+    again: bool = False,
 ) -> Sequence[object]:
     example = (*carry, *(x[0] for x in xs), *captured)
     if carry:
-        return structured.scan(structured.trace(step, example), carry, xs, captured)
+        return structured.scan(structured.trace(step, example, again=again), carry, xs, captured)
     # Inductor takes no scan of a single result.
     idle = xs[0].new_zeros(())
-    graph = structured.trace(lambda values: own((values[0], *step(values[1:])), [list(values)]), (idle, *example))
+
+    def idling(values: Sequence[object]) -> Sequence[object]:
+        return own((values[0], *step(values[1:])), [list(values)])
+
+    graph = structured.trace(idling, (idle, *example), again=again)
     return structured.scan(graph, [idle], xs, captured)[1:]
 
 
@@ -422,7 +431,7 @@ class _Sweep(Step):
         def noting(values: Sequence[object]) -> Sequence[object]:
             return own((*self._step(values), *values[: self._count]), [list(values)])
 
-        outputs = tuple(_scanned(noting, carry, xs, captured))
+        outputs = tuple(_scanned(noting, carry, xs, captured, again=True))
         return outputs, (*inputs, *outputs[len(outputs) - self._count :])
 
     def _parts(

@@ -59,15 +59,16 @@ def unknown(value: object) -> bool:
     return isinstance(value, FakeTensor) and value.constant is None
 
 
-def trace(run: Flat, values: Sequence[object]) -> GraphModule:
+def trace(run: Flat, values: Sequence[object], *, again: bool = False) -> GraphModule:
     """``run`` as a graph.
 
     Args:
         run: A function of tensors and numbers that gives tensors.
         values: What it is called with, or what is like it.
+        again: Whether backward records its derivative, in a graph of its own.
 
     Raises:
-        Unstructured: It cannot be recorded, or uses another tensor.
+        Unstructured: It cannot be recorded, or uses another tensor, or Inductor has no code for the derivative.
     """
     stage = Stage(values)
     try:
@@ -77,7 +78,11 @@ def trace(run: Flat, values: Sequence[object]) -> GraphModule:
     except Exception as error:
         raise Unstructured(f"it cannot be recorded: {error}") from error
     for module in graph.modules():
-        for node in module.graph.find_nodes(op="get_attr") if isinstance(module, GraphModule) else ():
+        if not isinstance(module, GraphModule):
+            continue
+        if again and module.graph.find_nodes(op="call_function", target=torch.ops.higher_order.while_loop):
+            raise Unstructured("Inductor does not find the number of trips of a loop within another node (2.13, 2.14)")
+        for node in module.graph.find_nodes(op="get_attr"):
             value = attribute(module, node.target)
             if isinstance(value, torch.Tensor) and isinstance(unfunctional(value), FakeTensor):
                 raise Unstructured("it uses a tensor that nobody saw")

@@ -517,8 +517,13 @@ def test_values(name: str, how: str) -> None:
         assert_close(function(*inputs), case.run(PLAIN, *inputs))
 
 
-@cases
-@pytest.mark.parametrize("how", TRAINED)
+COMPILED = ("cond_of_values", "cond_in_scan", "while_in_while", "scan_of_a_recurrent_net")
+"""What is worth the time that Inductor takes: test_inductor.py has others."""
+
+
+@pytest.mark.parametrize(
+    ("name", "how"), [(name, how) for name in CASES for how in TRAINED if how != "inductor" or name in COMPILED]
+)
 def test_gradients(name: str, how: str) -> None:
     case = CASES[name]
     function = TRAINED[how](lambda *t: case.run(ours, *t))
