@@ -116,13 +116,9 @@ def _called(call: Call) -> object:
 
     def laid(outputs: object) -> Sequence[torch.Tensor]:
         # Compiled code relies on strides. Those of gradients, and of batches, nobody declares.
-        return [t.contiguous() for t in _tensors(outputs)] if call.derivative else _tensors(outputs)
+        return [t.contiguous() for t in trees.tensors(outputs)] if call.derivative else trees.tensors(outputs)
 
     return library.call(run, like, call.inputs, effect=call.op.effectful)
-
-
-def _tensors(values: object) -> list[torch.Tensor]:
-    return [leaf for leaf in trees.leaves(values) if isinstance(leaf, torch.Tensor)]
 
 
 def _rules(answers: Sequence[Answer]) -> list[Function]:

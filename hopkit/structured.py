@@ -1,4 +1,4 @@
-"""What a body decides on values, as nodes that Inductor knows: torch's own ``cond`` and ``while_loop``.
+"""What a body decides on values, as nodes that Inductor knows: torch's own ``cond``, ``while_loop`` and ``scan``.
 
 In plain eager, and whatever else records, a body decides in Python. Where Inductor is to compile it, both ways are
 recorded, as graphs of the tensors that they take and of those that they close over, and so are their derivatives.
@@ -37,7 +37,7 @@ def own(result: T, inputs: Sequence[object]) -> T:
         result: A pytree of tensors.
         inputs: Pytrees of what it may share memory with.
     """
-    taken = {_memory(leaf) for leaf in trees.leaves(list(inputs)) if isinstance(leaf, torch.Tensor)}
+    taken = set(map(_memory, trees.tensors(list(inputs))))
 
     def owned(leaf: object) -> object:
         if not isinstance(leaf, torch.Tensor):
@@ -80,7 +80,7 @@ class Closed:
         self._functions, self._casts = functions, structured.casts()
         # A function around this one may be recorded now, with others in the place of what it closes over.
         self._leaves, self._tree = trees.flatten(replaced(tuple(args)))
-        self.operands = tuple(leaf for leaf in self._leaves if isinstance(leaf, torch.Tensor))
+        self.operands = tuple(trees.tensors(self._leaves))
         found: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         stage = Stage(self.operands)
 
@@ -108,7 +108,7 @@ class Closed:
             new = dict(zip(map(id, self._outside), values[count:], strict=True))
             with self._casts(), Substitute(lambda value: new.get(id(value), value)) as mode:
                 result = mode.replaced(self._functions[number](*self._arguments(values[:count])))
-            return _tensors(own(result, [list(values)]))
+            return trees.tensors(own(result, [list(values)]))
 
         return run
 
@@ -120,10 +120,6 @@ class Closed:
     def stand_ins(self, number: int) -> object:
         """What function number ``number`` gives, without values."""
         return trees.map_leaves(_empty, self.results[number])
-
-
-def _tensors(value: object) -> list[torch.Tensor]:
-    return [leaf for leaf in trees.leaves(value) if isinstance(leaf, torch.Tensor)]
 
 
 def _filled(leaves: Sequence[object], tensors: Sequence[object]) -> list[object]:
@@ -183,6 +179,14 @@ def _wanted(values: Sequence[object]) -> list[int]:
     return [i for i, v in enumerate(values) if differentiable(v) and cast("torch.Tensor", v).requires_grad]
 
 
+def _of_inputs(count: int, wrt: Sequence[int], found: Sequence[object]) -> list[torch.Tensor | None]:
+    """The gradients ``found`` of the inputs ``wrt``, among those of all ``count`` inputs."""
+    results: list[torch.Tensor | None] = [None] * count
+    for i, gradient in zip(wrt, found, strict=True):
+        results[i] = cast("torch.Tensor", gradient)
+    return results
+
+
 class _Choice(Step):
     """One of two functions, as one step of the tape. Backward computes the one that was taken again."""
 
@@ -201,10 +205,7 @@ class _Choice(Step):
         given = [i for i, gradient in enumerate(gradients) if gradient is not None]
         ways = [_pulled(way, self._wrt, given) for way in self._ways]
         found = _chosen(self._decides, ways, (*saved, *(gradients[i] for i in given)))
-        results: list[torch.Tensor | None] = [None] * len(saved)
-        for i, gradient in zip(self._wrt, found, strict=True):
-            results[i] = cast("torch.Tensor", gradient)
-        return results
+        return _of_inputs(len(saved), self._wrt, found)
 
 
 def loop(going: Callable[[T], object], step: Callable[[T], T], state: T) -> T:
@@ -220,12 +221,19 @@ def loop(going: Callable[[T], object], step: Callable[[T], T], state: T) -> T:
         return _kept(going, step, state)
     while levels.anywhere(goes):
         following = step(state)
-        state = _where(cast("torch.Tensor", goes), following, state) if levels.batched(goes) else following
+        state = chosen(cast("torch.Tensor", goes), following, state) if levels.batched(goes) else following
         goes = going(state)
     return state
 
 
-def _where(decides: torch.Tensor, yes: T, no: T) -> T:
+def chosen(decides: torch.Tensor, yes: T, no: T) -> T:
+    """For every item of a batch, ``yes`` or ``no``, which are alike.
+
+    Args:
+        decides: Of one element, which differs from item to item.
+        yes: A pytree of tensors.
+        no: One of the same structure, shapes and dtypes.
+    """
     left, tree = trees.flatten(yes)
     pairs = zip(left, trees.leaves(no), strict=True)
     return cast("T", trees.unflatten([torch.where(decides != 0, a, b) if a is not b else a for a, b in pairs], tree))  # type: ignore[call-overload]
@@ -319,9 +327,7 @@ class _Trips(Step):
         state = cast("Sequence[torch.Tensor]", [trips[-1] - 1, *start, *zeros])
         captured = (*before, *along.values(), *inputs[count:])
         _, *found = _looped(lambda values: (cast("torch.Tensor", values[0]) >= 0,), back, state, captured)
-        results: list[torch.Tensor | None] = [None] * len(inputs)
-        for i, gradient in zip([*states, *wrt], found, strict=True):
-            results[i] = cast("torch.Tensor", gradient)
+        results = _of_inputs(len(inputs), [*states, *wrt], found)
         for i, gradient in along.items():  # without a trip, the stack is the first state
             results[i] = cast("torch.Tensor", results[i]) + torch.where(trips[-1] == 0, gradient[0], 0)
         return results
@@ -468,7 +474,7 @@ class _Sweep(Step):
         start += [torch.zeros_like(cast("torch.Tensor", inputs[i])) for i in self._captured]
         slices = [part.flip(0) for part in (*before, *xs, *stacked.values(), *along.values())]
         found = cast("Sequence[torch.Tensor]", _along(back, start, slices, captured))
-        results: list[torch.Tensor | None] = [None] * len(inputs)
-        for i, gradient in zip([*self._carries, *self._captured, *self._xs], found, strict=True):
-            results[i] = gradient.flip(0) if i in self._xs else gradient
+        results = _of_inputs(len(inputs), [*self._carries, *self._captured, *self._xs], found)
+        for i in self._xs:
+            results[i] = cast("torch.Tensor", results[i]).flip(0)
         return results

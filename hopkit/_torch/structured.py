@@ -1,7 +1,7 @@
 """torch's own operators for what is decided on values, which compilers know (torch/_higher_order_ops; 2.13, 2.14).
 
-If ``while_loop_stack_output`` is gone, loops that train are called back; if ``cond`` or ``while_loop`` is, so is what
-they stand for here.
+If ``while_loop_stack_output`` is gone, loops that train are called back; if ``cond``, ``while_loop`` or ``scan`` is, so
+is what they stand for here.
 """
 
 from __future__ import annotations

@@ -27,6 +27,11 @@ def leaves(value: object) -> list[object]:
     return pytree.tree_leaves(value)
 
 
+def tensors(value: object) -> list[torch.Tensor]:
+    """The tensors among the leaves of a pytree, in order."""
+    return [leaf for leaf in leaves(value) if isinstance(leaf, torch.Tensor)]
+
+
 def unflatten(leaves: Iterable[object], tree: Tree) -> object:
     """The pytree with these leaves and this structure."""
     return pytree.tree_unflatten(leaves, tree)

@@ -16,12 +16,13 @@ from hopkit._torch.checkpoint import computed_again
 from hopkit._torch.fakes import Stage, autograd_on
 from hopkit._torch.trees import Tree, flatten, leaves, map_leaves, unflatten
 from hopkit._torch.watch import Substitute
-from hopkit.structured import choose, loop, own, sweep
+from hopkit.structured import choose, chosen, loop, own, sweep
 from hopkit.transform import Replayed, leaf
 
 __all__ = [
     "Tree",
     "choose",
+    "chosen",
     "computed_again",
     "flatten",
     "is_recorded",

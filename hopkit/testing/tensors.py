@@ -13,7 +13,7 @@ Tensors = Sequence[torch.Tensor]
 
 def tensors_in(value: object) -> list[torch.Tensor]:
     """The tensors among a pytree's leaves."""
-    return [leaf for leaf in trees.leaves(value) if isinstance(leaf, torch.Tensor)]
+    return trees.tensors(value)
 
 
 def floats_in(value: object) -> list[torch.Tensor]:

@@ -9,7 +9,7 @@ from typing import TypeVar, cast
 import torch
 
 import hopkit
-from hopkit.extend.body import flatten, is_recorded, leaves, map_leaves, on_stand_ins, unflatten, versions
+from hopkit.extend.body import flatten, is_recorded, leaves, map_leaves, on_stand_ins, versions
 
 T = TypeVar("T")
 
@@ -112,13 +112,6 @@ def _code(function: Callable[..., object]) -> object:
         return getattr(function, "__code__", None) or weakref.ref(function)
     except TypeError:  # one of C's, which stays
         return function
-
-
-def chosen(decides: torch.Tensor, yes: T, no: T) -> T:
-    """For every item of a batch, ``yes`` or ``no``, which are alike."""
-    left, tree = flatten(yes)
-    pairs = zip(left, leaves(no), strict=True)
-    return cast("T", unflatten([torch.where(decides != 0, a, b) if a is not b else a for a, b in pairs], tree))  # type: ignore[call-overload]
 
 
 def start(carry: T) -> T:

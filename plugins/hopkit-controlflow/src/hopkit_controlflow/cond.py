@@ -9,8 +9,8 @@ from typing import TypeVar
 import torch
 
 import hopkit
-from hopkit.extend.body import choose, own
-from hopkit_controlflow.agreement import agreed, alike, called, chosen, listed, predicate, shapes
+from hopkit.extend.body import choose, chosen, own
+from hopkit_controlflow.agreement import agreed, alike, called, listed, predicate, shapes
 
 NAME = "controlflow_cond"
 OPERANDS = f"op '{NAME}' argument 'operands'"

@@ -7,9 +7,8 @@ from typing import Any, TypeVar
 import torch
 
 import hopkit
-from hopkit.extend.body import pull
+from hopkit.extend.body import chosen, pull
 from hopkit.extend.implicit import Values, derive
-from hopkit_controlflow.agreement import chosen
 from hopkit_controlflow.linear_solve import linear_solve
 from hopkit_controlflow.vectors import Status, checked, fitting, ravel, unknown, unravel
 

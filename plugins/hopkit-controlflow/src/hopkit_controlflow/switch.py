@@ -8,8 +8,8 @@ from typing import TypeVar
 import torch
 
 import hopkit
-from hopkit.extend.body import choose, own
-from hopkit_controlflow.agreement import agreed, alike, called, chosen, predicate, shapes
+from hopkit.extend.body import choose, chosen, own
+from hopkit_controlflow.agreement import agreed, alike, called, predicate, shapes
 
 NAME = "controlflow_switch"
 INDEX = f"op '{NAME}' argument 'index'"
