@@ -51,6 +51,8 @@ def pushed(rule: Rule, level: Tangents, call: Call) -> object:
     batches, item = call.batches, call.item
     if batches is None:
         raise Decline("it is written for the op and batches of it, and this is another transform")
+    if not tangents:
+        raise Decline("nothing has a tangent, and the rule has nothing to tell of")
     _check(call, list(tangents), "a tensor with a tangent")
     told: list[bool] = []
 
