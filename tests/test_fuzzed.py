@@ -575,7 +575,10 @@ def test_a_rule_for_tangents_gets_a_subgraph_that_closes_over_a_constant() -> No
     def rule(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> Any:
         return torch.func.jvp(primals[0], primals[1:], tangents[1:])
 
-    same(torch.func.jacfwd(torch.vmap(lambda x: op(lambda y: y * T, x)))(X), torch.func.jacfwd(lambda x: x * T)(X))
+    def scaled(x: Tensor) -> Tensor:
+        return op(lambda y: y * T, x)
+
+    same(torch.func.jacfwd(torch.vmap(scaled))(X), torch.func.jacfwd(lambda x: x * T)(X))
 
 
 def test_a_subclass_of_what_asks_for_a_gradient_ahead_of_time() -> None:

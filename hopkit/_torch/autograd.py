@@ -228,7 +228,7 @@ class _Apart(Step):
         return tuple(known[id(value)] for value in inputs), ()
 
     def backward(
-        self, saved: tuple[object, ...], gradients: tuple[torch.Tensor | None, ...]
+        self, _: tuple[object, ...], gradients: tuple[torch.Tensor | None, ...]
     ) -> Sequence[torch.Tensor | None]:
         return gradients
 
