@@ -431,6 +431,16 @@ def test_an_output_given_twice_that_is_a_view_inside() -> None:
     check(lambda x: torch.vmap(lambda row: both(torch.sin, row), in_dims=1)(x), X)
 
 
+def test_what_a_derivative_gives_besides_has_a_gradient() -> None:
+    once = define_once()
+
+    def value_and_slope(x: Tensor) -> object:
+        value, pull, *_ = torch.func.vjp(lambda y: once(torch.sin, y), x)
+        return value, cast("Function", pull)(x)
+
+    check(value_and_slope, X)
+
+
 # -- sizes -----------------------------------------------------------------------------------------------------------
 
 SIZES: dict[str, Callable[[Any, Tensor, Tensor], Tensor]] = {

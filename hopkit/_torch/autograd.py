@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 from torch.autograd.function import FunctionCtx, _SingleLevelFunction
 
 from hopkit._torch import levels, trees
-from hopkit._torch.state import foreseeing, recording
+from hopkit._torch.state import functionalizing, recording
 
 _lowered: contextvars.ContextVar[bool] = contextvars.ContextVar("hopkit.lowered", default=False)
 
@@ -39,7 +39,7 @@ def level_is_off(below: bool) -> Iterator[None]:
 def dual(values: Sequence[object]) -> bool:
     """Whether one of these tensors has a tangent."""
     # Dynamo's graph enters them without telling Python. To ask is no matter of one thread: not where nothing records.
-    around = forward_ad._current_level >= 0 or ((recording() or foreseeing()) and levels.has_duals())
+    around = forward_ad._current_level >= 0 or ((recording() or functionalizing()) and levels.has_duals())
     return around and any(levels.has_tangent(value) or levels.may_have_tangent(value) for value in values)
 
 

@@ -124,14 +124,14 @@ def functionalizing() -> bool:
     return any(isinstance(mode, FunctionalTensorMode) for mode in _get_current_dispatch_mode_stack())
 
 
-def foreseeing() -> bool:
-    """Whether AOTAutograd looks at what it is going to record. What it sees of outputs has to be true of the graph."""
-    return functionalizing() and get_proxy_mode() is None
-
-
 def recording_ahead() -> bool:
     """Whether AOTAutograd records a graph, under no transform. Where gradients are on, it is a graph that trains."""
     return functionalizing() and get_proxy_mode() is not None and not transforming()
+
+
+def foreseeing() -> bool:
+    """Whether AOTAutograd looks at what it is going to record, under no transform: what it sees then has to be true."""
+    return functionalizing() and get_proxy_mode() is None and not transforming()
 
 
 def tracked() -> Container[torch.Tensor]:

@@ -134,6 +134,10 @@ def _possible(stack: Sequence[Layer], *, ruled: bool) -> tuple[Layer, ...]:
             continue  # hopkit.flatten is no code to compile
         if name == "compiled" and "functionalized" in outside:
             b &= ~1  # AOTAutograd does not functionalize again
+        if ruled and name == "subclass" and outside & TRANSFORMED:
+            continue  # no operator runs on what it holds
+        if ruled and name == "backward" and "checkpointed" in outside:
+            continue  # no transform of torch.func works there, and rules are made of them
         if ruled and name == "checkpointed" and outside & {"functionalized", "jvp", "jacrev", "duals", "linearized"}:
             continue  # it computes again when they are over, and nothing is saved then
         mixed = name in ("traced", "retraced") and outside & (TRANSFORMED | {"exported"})
