@@ -68,7 +68,7 @@ class Asking:
             return self.tangents or self.by_transform()
         if "jvp" in self.transforms and any(map(levels.has_tangent, leaves)):
             return True  # in a graph that has entered dual numbers without telling Python
-        if self.always or (self.spec.effectful and state.functionalizing()):
+        if self.always:
             return True
         if ("functionalize" in self.transforms and levels.functionalizes()) or self.declared(leaves):
             return True

@@ -26,7 +26,7 @@ def batched(rule: Rule, batch: Batch, call: Call) -> object:
         raise Decline("it is written for the op, and this is a transform of it")
     _check(call, [i for i, dim in enumerate(dims) if dim is not None], "a batched tensor")
     in_dims = _arguments(call, _by_parameter(call, dims))
-    args, kwargs = call.op.arguments({**call.values(), **_operands(call, values)})
+    args, kwargs = call.replace(inputs=values).arguments()
     with batch.lower():
         out, out_dims = _pair(call, "vmap", rule(batch, in_dims, *args, **kwargs))
         leaves, tree = trees.flatten(out)
@@ -51,13 +51,15 @@ def pushed(rule: Rule, level: Tangents, call: Call) -> object:
     batches, item = call.batches, call.item
     if batches is None:
         raise Decline("it is written for the op and batches of it, and this is another transform")
+    if not tangents:
+        raise Decline("nothing has a tangent, and the rule has nothing to tell of")
     _check(call, list(tangents), "a tensor with a tangent")
     told: list[bool] = []
 
     def run(values: Sequence[object]) -> tuple[object, ...]:
         known = dict(zip(tangents, values[len(primals) :], strict=True))
         given = [known.get(i) for i in range(len(primals))]
-        arguments = _arguments(item, {**item.values(), **_operands(item, values[: len(primals)])})
+        arguments = _arguments(item, item.replace(inputs=values[: len(primals)]).values())
         out, out_tangents = _pair(item, "jvp", rule(arguments, _arguments(item, _by_parameter(item, given))))
         leaves, tree = trees.flatten(out)
         found = _chosen(item, "jvp", trees.like(out_tangents, tree, torch.Tensor))
@@ -81,11 +83,6 @@ def _is_dim(dim: object, tensor: torch.Tensor) -> bool:
 def _check(call: Call, concerned: Sequence[int], what: str) -> None:
     if any(i >= call.operands for i in concerned):
         raise Decline(f"a subgraph closes over {what}, which the author's arguments do not say")
-
-
-def _operands(call: Call, inputs: Sequence[object]) -> dict[str, object]:
-    values = call.replace(inputs=inputs).values()
-    return {p.name: values[p.name] for p in call.op.of_kind(Kind.OPERAND)}
 
 
 def _by_parameter(call: Call, told: Sequence[object]) -> dict[str, object]:

@@ -273,7 +273,7 @@ class Op(Generic[P, R]):
         """Whether something active asks for the op whole; otherwise its body runs in place."""
         if self.spec.name in _vanished.get() or (rehearsing() and keys.FAKE not in self._asking.modes):
             return False
-        if state.recording():
+        if state.recording() or state.functionalizing():
             # Of what is computed again only the second time may be kept, and that without its effect.
             if (self.spec.effectful and checkpoint.inside()) or (inductor.compiling() and self._inlined()):
                 return False

@@ -422,6 +422,25 @@ def test_a_derivative_written_by_hand_in_a_nested_op() -> None:
     same(x.grad, X * 2 * 7 * 2)
 
 
+def test_an_output_given_twice_that_is_a_view_inside() -> None:
+    @hopkit.define("t_both")
+    def both(body: Subgraph, x: Tensor) -> tuple[Tensor, Tensor]:
+        return (y := body(x)), y
+
+    check(lambda x: both(lambda y: y.sin().t(), x), X)
+    check(lambda x: torch.vmap(lambda row: both(torch.sin, row), in_dims=1)(x), X)
+
+
+def test_what_a_derivative_gives_besides_has_a_gradient() -> None:
+    once = define_once()
+
+    def value_and_slope(x: Tensor) -> object:
+        value, pull, *_ = torch.func.vjp(lambda y: once(torch.sin, y), x)
+        return value, cast("Function", pull)(x)
+
+    check(value_and_slope, X)
+
+
 # -- sizes -----------------------------------------------------------------------------------------------------------
 
 SIZES: dict[str, Callable[[Any, Tensor, Tensor], Tensor]] = {

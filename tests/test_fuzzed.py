@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from functorch.compile import aot_function, nop  # type: ignore[import-untyped] # torch's own
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -552,3 +553,66 @@ def test_an_op_with_a_rule_for_tangents_is_functionalized() -> None:
         x = forward_ad.make_dual(T, T + 1)
         result = torch.func.functionalize(lambda x: op(torch.sin, x), remove="mutations_and_views")(x)
         same(forward_ad.unpack_dual(result).tangent, T.cos() * (T + 1))
+
+
+def test_a_rule_for_tangents_is_not_asked_where_there_is_none() -> None:
+    op = define_once()
+
+    @op.rule("jvp")
+    def rule(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> Any:
+        return torch.func.jvp(primals[0], primals[1:], tangents[1:])
+
+    def inside(t: Tensor) -> Tensor:
+        return cast("Tensor", record(lambda x: op(torch.sin, x), X)(X)) * t
+
+    same(torch.func.jvp(inside, (T,), (T,)), (X.sin() * T, X.sin() * T))
+
+
+def test_a_rule_for_tangents_gets_a_subgraph_that_closes_over_a_constant() -> None:
+    op = define_once()
+
+    @op.rule("jvp")
+    def rule(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> Any:
+        return torch.func.jvp(primals[0], primals[1:], tangents[1:])
+
+    def scaled(x: Tensor) -> Tensor:
+        return op(lambda y: y * T, x)
+
+    same(torch.func.jacfwd(torch.vmap(scaled))(X), torch.func.jacfwd(lambda x: x * T)(X))
+
+
+def test_a_subclass_of_what_asks_for_a_gradient_ahead_of_time() -> None:
+    op = define_once()
+    op.rule("device")(lambda body, *xs: body(*xs))
+    boxed = cast("Any", Boxed)(T.clone().requires_grad_())
+    result = aot_function(lambda x: op(torch.sin, x), fw_compiler=nop)(boxed)
+    (slope,) = torch.autograd.grad(result.sum(), boxed)
+    same((result.held, slope.held), (T.sin(), T.cos()))
+
+
+def test_a_tensor_that_outlived_its_transform() -> None:
+    op, kept = define_once(), list[Tensor]()
+    op.rule("device")(lambda body, *xs: body(*xs))
+
+    def keeping(x: Tensor) -> Tensor:
+        kept.append(x)
+        return x.sin().sum()
+
+    torch.func.jvp(torch.func.grad(keeping), (T,), (T,))
+    same(op(torch.sin, kept[0]), T.sin())
+
+
+def test_the_tangent_of_a_part_of_a_tensor_ahead_of_time() -> None:
+    once, twice = define_once(), define_twice()
+
+    def tangent(f: Called) -> Called:
+        return lambda x: torch.func.jvp(f, (x,), (x.cos(),))
+
+    def nested(x: Tensor) -> Tensor:
+        return once(lambda y: twice(lambda z: torch.sin(z) * y, y), x)
+
+    def plain(x: Tensor) -> Tensor:
+        return torch.sin(torch.sin(x) * x) * x
+
+    part = X.flatten()[:3]
+    same(aot_function(tangent(nested), fw_compiler=nop)(part), list(tangent(plain)(part)))

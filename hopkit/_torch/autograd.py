@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 from torch.autograd.function import FunctionCtx, _SingleLevelFunction
 
 from hopkit._torch import levels, trees
-from hopkit._torch.state import recording
+from hopkit._torch.state import functionalizing, recording
 
 _lowered: contextvars.ContextVar[bool] = contextvars.ContextVar("hopkit.lowered", default=False)
 
@@ -39,7 +39,7 @@ def level_is_off(below: bool) -> Iterator[None]:
 def dual(values: Sequence[object]) -> bool:
     """Whether one of these tensors has a tangent."""
     # Dynamo's graph enters them without telling Python. To ask is no matter of one thread: not where nothing records.
-    around = forward_ad._current_level >= 0 or (recording() and levels.has_duals())
+    around = forward_ad._current_level >= 0 or ((recording() or functionalizing()) and levels.has_duals())
     return around and any(levels.has_tangent(value) or levels.may_have_tangent(value) for value in values)
 
 
@@ -211,6 +211,38 @@ def apply(step: Step, inputs: Sequence[object]) -> tuple[object, ...]:
     with enable_single_level_autograd_function():
         tape = cast("type[torch.autograd.Function]", _TapeOfLevel)  # for its types: it has the same methods
         return cast("tuple[object, ...]", tape.apply(_AtLevel(step, level), *inputs))
+
+
+class _Apart(Step):
+    """Tensors that look like its inputs, and are no views."""
+
+    def __init__(self, inputs: Sequence[object]) -> None:
+        self._constant = [i for i, value in enumerate(inputs) if not needs_gradient([value])]
+
+    @property
+    def constant(self) -> Container[int]:
+        return self._constant
+
+    def forward(self, inputs: tuple[object, ...]) -> tuple[tuple[object, ...], tuple[object, ...]]:
+        known = {id(value): _like(value) for value in inputs}
+        return tuple(known[id(value)] for value in inputs), ()
+
+    def backward(
+        self, _: tuple[object, ...], gradients: tuple[torch.Tensor | None, ...]
+    ) -> Sequence[torch.Tensor | None]:
+        return gradients
+
+
+def _like(value: object) -> object:
+    if not isinstance(value, torch.Tensor):
+        return value
+    return torch.empty_strided(value.size(), value.stride(), dtype=value.dtype, device=value.device)
+
+
+def apart(outputs: object) -> tuple[object, ...]:
+    """What stands for these outputs of a node where they are views of what was computed inside: it shows no view."""
+    values = trees.leaves(outputs)
+    return apply(_Apart(values), values)
 
 
 def passed_on(run: Callable[[Sequence[object]], object], inputs: Sequence[object]) -> object:

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import (
     TorchDispatchMode,
     _disable_current_modes,
     is_traceable_wrapper_subclass,
+    transform_subclass,
 )
 
 from hopkit._torch import sizes, trees
@@ -232,6 +233,9 @@ def stand_in(tensor: torch.Tensor, mode: FakeTensorMode) -> torch.Tensor:
                 # What stands for its one number: with dynamic=True Dynamo has a tensor for every float that may change.
                 # An integer is the user's tensor: who counts by its number decides on a value.
                 cast("FakeTensor", fake).item_memo = _known_item(tensor)
+        elif is_traceable_wrapper_subclass(tensor) and not tensor.is_nested:
+            # torch's own looks for the levels of torch.func, which are off, and for a gradient that a part may not ask.
+            fake = transform_subclass(tensor, lambda _, part: _part(part, mode)).detach()
         else:
             # Of what is no leaf torch would ask for the gradient, and warn of that.
             tensor = tensor if tensor.is_leaf else tensor.detach()
@@ -240,6 +244,11 @@ def stand_in(tensor: torch.Tensor, mode: FakeTensorMode) -> torch.Tensor:
         if parameter:
             fake._is_param = True  # code may ask
         return fake.requires_grad_(wanted)
+
+
+def _part(part: object, mode: FakeTensorMode) -> torch.Tensor:
+    """What stands for a part of a subclass. It need not be a tensor, whatever torch says: a DTensor has its mesh."""
+    return stand_in(part, mode) if isinstance(part, torch.Tensor) else cast("torch.Tensor", part)
 
 
 def like(tensor: torch.Tensor) -> torch.Tensor:

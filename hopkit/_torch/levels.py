@@ -53,6 +53,13 @@ def base(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def living(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor without the levels of torch.func that are over: it may be kept for longer than they last."""
+    while (value := _functorch.unwrap_if_dead(tensor)) is not tensor:
+        tensor = value
+    return tensor
+
+
 def inside(value: object) -> bool:
     """Whether a tensor is what a transform of torch.func that is active made of another."""
     if not isinstance(value, torch.Tensor) or not _functorch.is_functorch_wrapped_tensor(value):

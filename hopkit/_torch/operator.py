@@ -12,7 +12,7 @@ from torch._C._functorch import TransformType
 from torch._ops import HigherOrderOperator, _higher_order_ops
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hopkit._torch import dynamo, state, trees
+from hopkit._torch import dynamo, levels, state, trees
 from hopkit.errors import AutogradError, RuleError
 
 if TYPE_CHECKING:
@@ -66,6 +66,8 @@ class Operator(HigherOrderOperator):
                 why="that vmap knows operators of ATen alone",
                 todo="Batch it with `torch.func`: `torch.vmap` of what `torch.func.vjp` gives",
             )
+        if dispatch_key == DispatchKey.FuncTorchGradWrapper:  # operators of ATen take what has outlived its level, too
+            return self.redispatch(*cast("tuple[object, ...]", trees.map_tensors(levels.living, args)), **kwargs)
         if dispatch_key != DispatchKey.Python:
             return super().dispatch(dispatch_key, *args, **kwargs)  # type: ignore[no-untyped-call] # torch's own
         if not self._has_python(args):

@@ -129,6 +129,11 @@ def recording_ahead() -> bool:
     return functionalizing() and get_proxy_mode() is not None and not transforming()
 
 
+def foreseeing() -> bool:
+    """Whether AOTAutograd looks at what it is going to record, under no transform: what it sees then has to be true."""
+    return functionalizing() and get_proxy_mode() is None and not transforming()
+
+
 def tracked() -> Container[torch.Tensor]:
     """The tensors that the active tracer follows."""
     mode = get_proxy_mode()

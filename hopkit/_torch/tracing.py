@@ -169,12 +169,16 @@ _CONVOLVED = 3
 
 
 def _tidy(graph: GraphModule) -> None:
-    """What autograd saves it detaches, and a graph that is recorded again would pass for one that detaches a part."""
+    """Take out views of whole tensors that nobody uses: autograd makes them of what it saves.
+
+    A graph with a ``detach`` would pass for one that detaches a part when it is recorded again, and in forward mode
+    torch cannot always make a view of a stand-in.
+    """
     before = len(graph.graph.nodes)
     for node in reversed(graph.graph.nodes):
         if node.target in _STEPS:
             node.meta.setdefault("val", None)  # export wants to know what every node gives
-        if node.target is torch.ops.aten.detach.default and not node.users:
+        if node.target in _WHOLE and not node.users:
             graph.graph.erase_node(node)
     if len(graph.graph.nodes) < before:
         graph.recompile()
@@ -186,6 +190,9 @@ def _draws(graph: object) -> bool:
     targets = {node.target for module in modules for node in module.graph.nodes if node.op == "call_function"}
     tags = (target.tags for target in targets if isinstance(target, torch._ops.OpOverload))
     return run_and_save_rng_state in targets or any(torch.Tag.nondeterministic_seeded in known for known in tags)
+
+
+_WHOLE = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
 
 
 # Above autograd a tracer writes down how a level of a transform begins and ends.

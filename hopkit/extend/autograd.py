@@ -11,6 +11,7 @@ from typing_extensions import ParamSpec
 
 from hopkit._torch.autograd import (
     Step,
+    apart,
     apply,
     below_autograd,
     differentiable,
@@ -23,7 +24,7 @@ from hopkit._torch.autograd import (
 from hopkit._torch.checkpoint import uncounted
 from hopkit._torch.library import raises_when_run
 from hopkit._torch.partition import OutsideError
-from hopkit._torch.state import recording_ahead
+from hopkit._torch.state import foreseeing, recording_ahead
 from hopkit._torch.structured import Unstructured, compiling
 from hopkit.call import Call
 from hopkit.errors import no_gradient
@@ -36,12 +37,14 @@ __all__ = [
     "Step",
     "Unstructured",
     "Vjp",
+    "apart",
     "apply",
     "below_autograd",
     "compiling",
     "differentiable",
     "dual",
     "every_level",
+    "foreseeing",
     "needs_gradient",
     "no_gradient",
     "raise_in_backward",

@@ -22,11 +22,13 @@ from hopkit.extend.autograd import (
     OutsideError,
     Step,
     Unstructured,
+    apart,
     apply,
     below_autograd,
     compiling,
     differentiable,
     dual,
+    foreseeing,
     needs_gradient,
     no_gradient,
     raise_in_backward,
@@ -51,6 +53,8 @@ def derive(call: Call) -> object:
         return below(call)
     if call.written:
         return copied(call)
+    if foreseeing() and divisible(call):
+        return apart(call.run())
     if recording_ahead() and divisible(call):
         try:
             return apply(Divided(call), call.inputs)

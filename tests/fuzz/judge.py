@@ -97,7 +97,7 @@ def _runs(made: Program) -> bool:
 
 def _drawn(random: Random) -> Program:
     made = generate(random, WEIGHTS)
-    made = dataclasses.replace(made, stack=_possible(made.stack))
+    made = dataclasses.replace(made, stack=_possible(made.stack, ruled=bool(made.rules)))
     names = [name for name, *_ in made.stack]
     chance = random.random()
     if chance < 0.06:
@@ -107,8 +107,8 @@ def _drawn(random: Random) -> Program:
     return made
 
 
-def _possible(stack: Sequence[Layer]) -> tuple[Layer, ...]:
-    """The stack without what torch itself cannot do, whatever runs in it."""
+def _possible(stack: Sequence[Layer], *, ruled: bool) -> tuple[Layer, ...]:
+    """The stack without what torch itself cannot do, whatever runs in it; or, if ``ruled``, whatever is saved in it."""
     outside: set[str] = set()
     kept: list[Layer] = []
     for name, a, b in stack:
@@ -134,6 +134,12 @@ def _possible(stack: Sequence[Layer]) -> tuple[Layer, ...]:
             continue  # hopkit.flatten is no code to compile
         if name == "compiled" and "functionalized" in outside:
             b &= ~1  # AOTAutograd does not functionalize again
+        if ruled and name == "subclass" and outside & TRANSFORMED:
+            continue  # no operator runs on what it holds
+        if ruled and name == "backward" and "checkpointed" in outside:
+            continue  # no transform of torch.func works there, and rules are made of them
+        if ruled and name == "checkpointed" and outside & {"functionalized", "jvp", "jacrev", "duals", "linearized"}:
+            continue  # it computes again when they are over, and nothing is saved then
         mixed = name in ("traced", "retraced") and outside & (TRANSFORMED | {"exported"})
         kept.append((name, a, 0 if mixed else b))  # it gives stand-ins where it traces with them
         outside.add(name)
