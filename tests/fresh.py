@@ -9,12 +9,11 @@ import runpy
 import subprocess
 import sys
 import tempfile
-import threading
 import traceback
 import types
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 
 def python(
@@ -108,8 +107,9 @@ def _become(job: dict[str, Any]) -> None:
     if not isinstance(status, int):
         sys.stderr.write(f"{status}\n")
         status = 1
-    for end in (threading._shutdown, atexit._run_exitfuncs, sys.stdout.flush, sys.stderr.flush):
-        cast("Any", end)()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
     os._exit(status)
 
 
