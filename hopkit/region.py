@@ -12,6 +12,7 @@ import torch
 
 from hopkit._torch import inductor, partition, tracing, trees
 from hopkit._torch.autograd import differentiable
+from hopkit._torch.casts import casting
 from hopkit._torch.fakes import Stage, outside_modes
 from hopkit._torch.functional import frozen
 from hopkit._torch.sizes import describe
@@ -70,7 +71,7 @@ class Halves:
         return cast("Sequence[torch.Tensor | None]", found)
 
     def _run(self, part: str, graph: Callable[..., object], inputs: Sequence[object]) -> object:
-        with partition.without_autocast():
+        with casting({}):
             return self._call.region(part, graph, inputs)()
 
     def _joint(self, gradients: Mapping[int, torch.Tensor]) -> partition.Joint:

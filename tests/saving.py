@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests import fresh
 from tests.contract.seam import ROOT
 
 PACKAGE = """
@@ -58,15 +59,15 @@ class Package:
         return importlib.import_module("t_pkg")
 
 
-def python(program: str, *arguments: object, path: str = "", interpreter: Path = Path(sys.executable)) -> str:
+def python(program: str, *arguments: object, path: str = "", interpreter: Path | None = None) -> str:
     """What a new process prints."""
-    done = subprocess.run(
-        [interpreter, "-c", program, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={"PYTHONPATH": f"{ROOT}:{path}", "PATH": "", "HOME": "/nonexistent"},
-    )
+    command = ["-c", program, *map(str, arguments)]
+    environment = {"PYTHONPATH": f"{ROOT}:{path}", "PATH": "", "HOME": "/nonexistent"}
+    if interpreter is None:
+        done = fresh.python(*command, env=environment, check=False)
+    else:
+        command = [str(interpreter), *command]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

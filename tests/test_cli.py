@@ -18,6 +18,7 @@ from hopkit import Sample, Subgraph
 from hopkit.cli import main
 from hopkit.extend import OpSpec, hookimpl
 from hopkit.kit import Kit
+from tests import fresh
 
 Capture = pytest.CaptureFixture[str]
 
@@ -123,8 +124,7 @@ def run(folder: Path, *argv: str, **variables: str) -> subprocess.CompletedProce
     """One command, where what is in the folder is installed."""
     path = os.pathsep.join([str(folder), str(Path(hopkit.__file__).parents[1])])
     environment = {**os.environ, "PYTHONPATH": path, **variables}
-    command = [sys.executable, "-m", "hopkit", *argv]
-    return subprocess.run(command, capture_output=True, text=True, env=environment)
+    return fresh.python("-m", "hopkit", *argv, env=environment, check=False)
 
 
 RULE = """

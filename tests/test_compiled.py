@@ -150,8 +150,8 @@ def test_outlined(name: str) -> None:
     check(lambda x, w: OUTLINED[name](op, x, w))
 
 
-@pytest.mark.parametrize("outline", [False, True])
-def test_sizes_that_change_are_compiled_once(outline: bool) -> None:
+@pytest.mark.parametrize(("outline", "backend"), [(False, "aot_eager"), (True, "inductor")])
+def test_sizes_that_change_are_compiled_once(outline: bool, backend: str) -> None:
     compiled: list[object] = []
 
     @hopkit.define("t_region", outline=outline)
@@ -161,7 +161,7 @@ def test_sizes_that_change_are_compiled_once(outline: bool) -> None:
     def run(x: Tensor, w: Tensor) -> Tensor:
         return region(lambda y: (y @ w).sin() + y.shape[0], region(lambda y: (y @ w).sin() + y.shape[0], x))
 
-    function = torch.compile(run, backend=counting("inductor", compiled), fullgraph=True, dynamic=True)
+    function = torch.compile(run, backend=counting(backend, compiled), fullgraph=True, dynamic=True)
     for size in range(3, 9):
         inputs = leaves(torch.linspace(-1.0, 1.0, size * 4).reshape(size, 4), W)
         same(trained(function)(*inputs), plainly(trained(run), *inputs))
@@ -262,8 +262,8 @@ def test_a_size_that_is_marked() -> None:
     assert len(graphs) == 1
 
 
-@pytest.mark.parametrize("outline", [False, True])
-def test_sizes_that_only_values_tell_under_inductor(outline: bool) -> None:
+@pytest.mark.parametrize(("outline", "backend"), [(False, "aot_eager"), (True, "inductor")])
+def test_sizes_that_only_values_tell(outline: bool, backend: str) -> None:
     @hopkit.define("t_region", outline=outline)
     def region(body: Subgraph, x: Tensor) -> Tensor:
         return body(x)
@@ -273,7 +273,7 @@ def test_sizes_that_only_values_tell_under_inductor(outline: bool) -> None:
         return region(lambda y: y.sin() * 2, region(lambda y: y.sin() * 2, x[rows])) + 1
 
     with set_up(sizes_from_values=True):
-        function = torch.compile(run, fullgraph=True)
+        function = torch.compile(run, backend=backend, fullgraph=True)
         for x in (X, torch.cat([X, torch.zeros(2, 4)])):
             same(function(x), plainly(run, x))
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import subprocess
-import sys
 import textwrap
 from collections.abc import Iterator
 from typing import Any
@@ -16,6 +14,7 @@ from torch import Tensor
 import hopkit
 from hopkit import CallError, DuplicateOpError, SpecError
 from hopkit.kit import fresh
+from tests.fresh import python
 
 
 @pytest.fixture(autouse=True)
@@ -159,7 +158,7 @@ def reads_it_as_torch_s():
 
 def _run(program: str) -> None:
     text = COND + textwrap.dedent(program)
-    done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, check=False)
+    done = python("-c", text, check=False)
     assert done.returncode == 0, done.stderr
 
 

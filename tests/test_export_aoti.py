@@ -20,20 +20,24 @@ pytestmark = [
 
 
 class Model(torch.nn.Module):
-    """Ops in a loop, one in another; their subgraphs close over modules, a buffer, and a literal."""
+    """Ops in a loop, one in another; their subgraphs close over modules, a buffer, and a literal.
+
+    Two calls are outlined: as code without Python calls no region, their body is inlined.
+    """
 
     shift: Tensor
 
-    def __init__(self, once: Op[..., Tensor], twice: Op[..., Tensor]) -> None:
+    def __init__(self, once: Op[..., Tensor], twice: Op[..., Tensor], outlined: Op[..., Tensor]) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.once, self.twice = once, twice
+        self.once, self.twice, self.outlined = once, twice, outlined
         self.layers = torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(2))
         self.register_buffer("shift", torch.linspace(0.0, 0.2, 4))
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:
             x = self.twice(lambda y, layer=layer: self.once(torch.tanh, layer(y)) + self.shift, x, scale=0.5)
+            x = self.outlined(lambda y, layer=layer: torch.tanh(layer(y)) + y, x)
         return self.once(lambda y, z: y * z * torch.tensor([1.0, 2.0, 3.0, 4.0]), x, x.cos())
 
 
@@ -41,11 +45,16 @@ def test_a_package_gives_what_the_model_gives(tmp_path: Path) -> None:
     from torch._inductor import aoti_compile_and_package, aoti_load_package  # loads torch's compiler
 
     once, twice = define_once(), define_twice()
-    model = Model(once, twice).eval()
+
+    @hopkit.define("t_outlined", outline=True)
+    def outlined(body: Subgraph, x: Tensor) -> Tensor:
+        return body(x)
+
+    model = Model(once, twice, outlined).eval()
     rows = torch.export.Dim("rows", min=2, max=64)
     x = torch.linspace(-1.0, 1.0, 20).reshape(5, 4)
     program = torch.export.export(model, (x,), dynamic_shapes=({0: rows},))
-    assert (nodes(program.graph_module, once), nodes(program.graph_module, twice)) == (3, 2)
+    assert [nodes(program.graph_module, op) for op in (once, twice, outlined)] == [3, 2, 2]
     path = aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
     packaged = aoti_load_package(path)
     for inputs in (x, x[:2], torch.cat([x, -x])):
@@ -67,29 +76,3 @@ def test_an_op_that_decides_on_a_value_cannot_be_packaged(tmp_path: Path) -> Non
     with pytest.raises(Exception, match="op 't_pick' cannot be packaged by AOTInductor"):
         aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
     same(torch.compile(Pick(), backend="eager", fullgraph=True)(torch.ones(3)), torch.ones(3).sin())
-
-
-def test_outlined_calls_are_packaged(tmp_path: Path) -> None:
-    """Code without Python calls no region: the body is inlined."""
-    from torch._inductor import aoti_compile_and_package, aoti_load_package  # loads torch's compiler
-
-    @hopkit.define("t_layer", outline=True)
-    def layer(body: Subgraph, x: Tensor) -> Tensor:
-        return body(x)
-
-    class Deep(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            torch.manual_seed(0)
-            self.layers = torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(3))
-
-        def forward(self, x: Tensor) -> Tensor:
-            for one in self.layers:
-                x = layer(lambda y, one=one: torch.tanh(one(y)) + y, x)
-            return x
-
-    model, x = Deep().eval(), torch.linspace(-1.0, 1.0, 20).reshape(5, 4)
-    program = torch.export.export(model, (x,), strict=True)
-    assert nodes(program.graph_module, layer) == 3
-    path = aoti_compile_and_package(program, package_path=str(tmp_path / "deep.pt2"))
-    same(aoti_load_package(path)(x), model(x))

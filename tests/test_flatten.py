@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import operator
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -20,6 +18,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import hopkit
 from hopkit import AutogradError, CallError, DataDependentError, HopkitError, Op, Subgraph, UnknownOpError, flatten
 from hopkit.extend import Call, proxy
+from tests.fresh import python
 from tests.recording import define_once, define_twice, nodes, plainly, record, same, trained
 
 pytestmark = pytest.mark.usefixtures("hopkit_fresh")
@@ -442,7 +441,7 @@ x, want = torch.load("values.pt")
 torch.testing.assert_close(torch.export.load("flat.pt2").module()(x), want)
 assert not [name for name in sys.modules if name.startswith("hopkit")]
 """
-    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = python("-c", program, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stderr
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,13 +12,14 @@ import pytest
 import hopkit
 from hopkit.cli import main
 from hopkit.new import new
+from tests.fresh import python
 
 
 def run(*command: str, path: Path, cwd: Path) -> subprocess.CompletedProcess[str]:
     """Run a module of Python's where ``path`` is installed."""
     roots = [str(path), str(Path(hopkit.__file__).parents[1])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(roots)}
-    return subprocess.run([sys.executable, "-m", *command], cwd=cwd, env=environment, capture_output=True, text=True)
+    return python("-m", *command, cwd=cwd, env=environment, check=False)
 
 
 def test_a_new_plugin_installs_and_passes_its_tests(tmp_path: Path) -> None:
@@ -30,7 +30,7 @@ def test_a_new_plugin_installs_and_passes_its_tests(tmp_path: Path) -> None:
     installed = run(*install, path=site, cwd=tmp_path)
     assert installed.returncode == 0, installed.stderr
 
-    tests = run("pytest", "-q", "-W", "error", path=site, cwd=project)
+    tests = run("pytest", "-q", "-W", "error", "-k", "not inductor", path=site, cwd=project)
     assert tests.returncode == 0, tests.stdout
     assert " passed" in tests.stdout
 

@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import importlib
 import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from importlib.metadata import EntryPoint
@@ -23,6 +22,7 @@ import hopkit.installed
 from hopkit import HopkitWarning, kit
 from hopkit.extend import Mode, OpSpec, PluginError, Rule, hookimpl
 from hopkit.kit import Kit, fresh
+from tests.fresh import python
 
 
 @pytest.fixture(autouse=True)
@@ -657,5 +657,5 @@ def test_the_environment_chooses_among_what_is_really_installed(variables: dict[
     listed = "'constgraph' in [info.name for info in hopkit.plugins()]"
     program = f"import hopkit; print({listed}, 'constgraph_run' in hopkit.ops())"
     environment = {k: v for k, v in os.environ.items() if not k.startswith("HOPKIT_")} | variables
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    done = python("-c", program, env=environment)
     assert done.stdout.split() == [str(expected)] * 2

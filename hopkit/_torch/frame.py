@@ -30,48 +30,17 @@ from torch._dynamo.variables import higher_order_ops as hops
 from torch._dynamo.variables.base import VariableTracker
 from torch._dynamo.variables.builder import SourcelessBuilder, wrap_fx_proxy, wrap_fx_proxy_cls
 from torch._guards import TracingContext
-from torch.fx import Graph, GraphModule, Node, Proxy
+from torch.fx import GraphModule, Proxy
 from torch.utils import _pytree as pytree
 
 from hopkit._torch import alike, equal, likeness, sizes, trees
 from hopkit._torch.autograd import computed
 from hopkit._torch.fakes import FakeMode, left, like, run_in_mode, stand_in
+from hopkit._torch.read import Read, drop_decided, identity
 
 GraphBreak: TypeAlias = Unsupported
 Variable: TypeAlias = VariableTracker
 """What Dynamo knows of one of the user's values."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Read:
-    """A subgraph that Dynamo read on one signature.
-
-    Args:
-        graph: What it read. Takes ``sizes``, then the tensors and symbols of the arguments, then ``captured``.
-        slots: How many arguments it takes.
-        sizes: ``(position among the arguments, dimension)`` of sizes that only the op's body makes.
-        captured: What the subgraph uses from outside, as Dynamo's stand-ins.
-        gives: Its result's structure, and per leaf a constant in a tuple; None stands for the graph's next output.
-    """
-
-    graph: Graph
-    run: Callable[..., Sequence[object]]
-    slots: int
-    sizes: tuple[tuple[int, int], ...]
-    captured: tuple[object, ...]
-    gives: tuple[trees.Tree, tuple[tuple[object, ...] | None, ...]]
-
-    def __call__(self, inputs: Sequence[object]) -> object:
-        """The subgraph's result on stand-ins."""
-        made = [cast("torch.Tensor", inputs[i]).shape[dim] for i, dim in self.sizes]
-        outputs = iter(self.run(*made, *inputs, *self.captured))
-        tree, leaves = self.gives
-        return trees.unflatten([next(outputs) if leaf is None else leaf[0] for leaf in leaves], tree)
-
-    @property
-    def tensors(self) -> list[torch.Tensor]:
-        """The captured tensors. The other captures are sizes, which tensors tell."""
-        return [value for value in self.captured if isinstance(value, torch.Tensor)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -259,7 +228,7 @@ class Frame:
             return self.read(name, subgraph, called, numbered)
         for proxy in lifted:
             self._proxies.setdefault(identity(proxy.node.meta["example_value"]), proxy)
-        _drop_decided(graph)
+        drop_decided(graph)
         run = GraphModule(dict(tx.output.nn_modules), graph)
         told = zip(spec.masks_to_filter_const_values or (), spec.const_values or (), strict=True)
         gives = tuple((constant,) if is_constant else None for is_constant, constant in told)
@@ -288,54 +257,8 @@ class Frame:
         return moved
 
     def close(self, read: Read, captured: Sequence[object]) -> GraphModule:
-        """What was read as a graph of its arguments and of just these captured values, in this order.
-
-        Raises:
-            LookupError: It uses a size that is in neither.
-        """
-        old = read.graph.find_nodes(op="placeholder")
-        made, taken, lifted = _split(old, len(read.sizes), read.slots)
-        graph, env = Graph(), {}
-        for node in taken:
-            env[node] = graph.node_copy(node)
-        numbers = {identity(value): number for number, value in enumerate(captured)}
-        first = {identity(value): node for value, node in zip(read.captured, lifted, strict=True)}
-        new = []
-        for value in captured:
-            node = graph.placeholder(first[identity(value)].name)
-            node.meta = dict(first[identity(value)].meta)
-            new.append(node)
-
-        def size(wanted: object, tensor: Node, dim: int) -> Node:
-            node = graph.call_function(torch.ops.aten.sym_size.int, (tensor, dim))
-            node.meta["example_value"] = wanted
-            return node
-
-        for node, (i, dim) in zip(made, read.sizes, strict=True):
-            env[node] = size(node.meta["example_value"], env[taken[i]], dim)
-        tensors = [*(env[node] for node in taken), *new]
-        for node, value in zip(lifted, read.captured, strict=True):
-            if identity(value) in numbers:
-                env[node] = new[numbers[identity(value)]]
-                continue
-            found = next(
-                (
-                    (tensor, dim)
-                    for tensor in tensors
-                    if isinstance(example := tensor.meta["example_value"], torch.Tensor)
-                    for dim, n in enumerate(example.shape)
-                    if identity(n) == identity(value)
-                ),
-                None,
-            )
-            if found is None and node.users:
-                raise LookupError(str(value))
-            if found is not None and node.users:
-                env[node] = size(value, *found)
-        for node in read.graph.nodes:
-            if node.op != "placeholder":
-                env[node] = graph.node_copy(node, env.__getitem__)
-        return GraphModule(dict(self._tx.output.nn_modules), graph)
+        """As `Read.closed`."""
+        return read.closed(captured, self._tx.output.nn_modules)
 
     def emit(
         self,
@@ -508,28 +431,6 @@ class _Call(VariableTracker):
 _INPUTS = (torch.Tensor, *sizes.SYMBOLIC)
 
 _equal: weakref.WeakKeyDictionary[TracingContext, dict[object, tuple[str, GraphModule]]] = weakref.WeakKeyDictionary()
-
-
-def identity(value: object) -> object:
-    """What a stand-in, or a symbolic number, is looked up by."""
-    return id(value) if isinstance(value, torch.Tensor) else str(value)
-
-
-def _drop_decided(graph: Graph) -> None:
-    """Drop what code has decided on, of which Dynamo has a guard: it may be of a size or a number from elsewhere."""
-    for node in reversed(graph.nodes):
-        value = node.meta.get("example_value")
-        known = isinstance(value, sizes.SYMBOLIC) and not sizes.unbacked(value)
-        if known and not node.users and node.op != "placeholder":
-            graph.erase_node(node)
-
-
-def _split(nodes: Sequence[Node], *counts: int) -> Iterator[Sequence[Node]]:
-    first = 0
-    for count in counts:
-        yield nodes[first : first + count]
-        first += count
-    yield nodes[first:]
 
 
 class _Readable(Protocol):

@@ -21,6 +21,7 @@ from torch.fx.traceback import preserve_node_meta
 
 from hopkit._torch import inductor, sizes
 from hopkit._torch.autograd import needs_gradient
+from hopkit._torch.casts import casting
 from hopkit._torch.fakes import Stage, outside_modes, unfunctional
 from hopkit._torch.watch import Substitute
 
@@ -164,7 +165,7 @@ class _Both:
         pairs = [(varying[i], gradient) for i, gradient in zip(self._given, gradients, strict=True) if i in varying]
         if not pairs:
             return [None] * len(sources)
-        with without_autocast():
+        with casting({}):
             # Not `torch.autograd.grad`, which would turn the substitution off while it runs.
             return _engine_run_backward(
                 tuple(output for output, _ in pairs),
@@ -192,16 +193,6 @@ def _ends(outputs: Iterable[torch.Tensor], inputs: Sequence[torch.Tensor]) -> It
         pending.extend(following for following, _ in node.next_functions)
         if not node.next_functions:
             yield getattr(node, "variable", None)
-
-
-@contextlib.contextmanager
-def without_autocast() -> Iterator[None]:
-    """Inside, autocast is off: as backward runs, and a graph in which all casts are written out."""
-    with contextlib.ExitStack() as stack:
-        for device in torch._C._autocast_supported_devices():
-            if torch.is_autocast_enabled(device):
-                stack.enter_context(torch.autocast(device, enabled=False))
-        yield
 
 
 def _without_copies(module: GraphModule) -> GraphModule:

@@ -27,8 +27,9 @@ from hopkit.spec import Kind, OpSpec, Parameter
 if TYPE_CHECKING:
     from torch.fx import GraphModule
 
-    from hopkit._torch.frame import Frame, Read, Variable
+    from hopkit._torch.frame import Frame, Variable
     from hopkit._torch.operator import Operator
+    from hopkit._torch.read import Read
 
 __all__ = ["DynamoRule", "inline", "record", "undecorated"]
 

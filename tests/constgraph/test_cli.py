@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
@@ -16,6 +15,7 @@ import torch
 from hopkit.cli import main
 from hopkit_constgraph import run_const_graph_once
 from tests.constgraph.models import Merged, X
+from tests.fresh import python
 from tests.recording import nodes, same
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")  # torch 2.13, of its own pytrees
@@ -47,8 +47,7 @@ def test_a_report_writes_nothing(program: Path, capsys: Capture) -> None:
 
 def test_the_module_is_the_command_and_a_loaded_program_runs_its_graph_once(program: Path) -> None:
     folded = program.with_name("folded.pt2")
-    command = [sys.executable, "-m", "hopkit_constgraph", "fold", str(program), "-o", str(folded)]
-    subprocess.run(command, capture_output=True, check=True)
+    python("-m", "hopkit_constgraph", "fold", program, "-o", folded)
     code = (
         "import sys, torch, hopkit, hopkit_constgraph\n"
         "model = torch.export.load(sys.argv[1]).module()\n"
@@ -57,7 +56,7 @@ def test_the_module_is_the_command_and_a_loaded_program_runs_its_graph_once(prog
         "assert torch.equal(first, second)\n"
         "print(hopkit_constgraph.stats(model).hits, hopkit_constgraph.stats(model).misses)"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(folded)], capture_output=True, text=True, check=True)
+    done = python("-c", code, folded)
     assert done.stdout.split() == ["1", "1"]
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-import subprocess
 import sys
 from collections import OrderedDict
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch.nn.utils import parametrize
 import hopkit
 from hopkit_constgraph import Policy, fold, module_of, report_of, run_const_graph_once, stats
 from tests.constgraph.models import IMAGE, Convolved, Merged, X
+from tests.fresh import python
 from tests.recording import nodes, same
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")  # torch 2.13, of its own pytrees
@@ -137,7 +137,7 @@ def test_it_is_saved_and_loaded_in_another_process(tmp_path: Path) -> None:
         "    model.base.weight.add_(1.0)\n"
         "    assert not torch.equal(before, model(x))\n"
     )
-    subprocess.run([sys.executable, "-W", "ignore", "-c", code, str(tmp_path)], check=True, capture_output=True)
+    python("-c", code, tmp_path)
 
 
 def test_sizes_that_vary_still_do_after_pickling() -> None:

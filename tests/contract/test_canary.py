@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import ast
 import importlib
-import subprocess
-import sys
 import warnings
 
 import pytest
@@ -14,6 +12,7 @@ import torch
 from hopkit import HopkitWarning
 from hopkit._torch.versions import TESTED, check
 from tests.contract.seam import ROOT, parse, private
+from tests.fresh import python
 
 
 def _uses() -> dict[str, str]:
@@ -89,5 +88,5 @@ with warnings.catch_warnings(record=True) as told:
     op(torch.sin, torch.ones(1))
 assert [w.category.__name__ for w in told if "2.99.0" in str(w.message)] == ["HopkitWarning"]
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    done = python("-c", program, check=False)
     assert done.returncode == 0, done.stderr

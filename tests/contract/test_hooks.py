@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,7 @@ ERRORS = [value for value in vars(errors).values() if inspect.isclass(value) and
 THIS = Path(__file__)
 
 
+@functools.cache
 def _implemented() -> set[str]:
     """The names of functions that tests define, or pass by keyword, as hooks."""
     names = set()

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import pytest
+
+from tests.fresh import python
 
 COMPILERS = ("torch._dynamo", "torch._inductor")
 
@@ -15,7 +15,7 @@ def _loaded_by(statement: str) -> set[str]:
     """What a fresh interpreter has loaded after ``statement`` that ``import torch`` had not."""
     listed = "print(json.dumps(sorted(set(sys.modules) - before)))"
     program = f"import json, sys, torch; before = set(sys.modules); {statement}; {listed}"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    done = python("-c", program)
     return set(json.loads(done.stdout))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hopkit.testing import check
+from hopkit.testing import Report, plan
 from hopkit.testing.columns import columns
 from tests.samples import OPS
 
@@ -22,7 +22,8 @@ EMPTY = {
 @pytest.mark.parametrize("mode", columns())
 @pytest.mark.parametrize("op", OPS)
 def test_an_op_is_what_its_body_is(op: str, mode: str) -> None:
-    report = check(OPS[op], modes=[mode])
+    # By the column, since a mode may also be the name of a group of them.
+    report = Report(tuple(trial.run() for trial in plan(OPS[op]) if trial.column.name == mode))
     assert not [cell for cell in report.cells if cell.verdict not in ("right", "n/a")], report
     assert any(cell.verdict == "right" for cell in report.cells) != ((op, mode) in EMPTY), report
 

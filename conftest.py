@@ -5,9 +5,15 @@ Nothing that an earlier run compiled is taken from torch's caches: it was made b
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 
 import pytest
+
+from hopkit._torch.quiet import compile_quietly
+
+compile_quietly()
+gc.set_threshold(50_000)  # at 700, a tenth of the time goes into looking through graphs of torch that are alive
 
 
 @pytest.fixture(scope="session", autouse=True)
