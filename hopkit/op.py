@@ -17,6 +17,7 @@ from typing_extensions import ParamSpec, TypeVar
 from hopkit import binding, install, layout, live
 from hopkit._torch import checkpoint, dynamo, inductor, keys, state, trees
 from hopkit._torch.autograd import needs_gradient, raise_in_backward
+from hopkit._torch.constant import outcome
 from hopkit._torch.fakes import bound, effectless, rehearsing
 from hopkit._torch.operator import Operator
 from hopkit._torch.operator import Place as TorchPlace
@@ -323,7 +324,7 @@ class Op(Generic[P, R]):
         if self._untold(lambda: self.decode(*recording.graphs, recording.inputs, **recording.options, **keywords)):
             raise Unrecordable("the gradient would be that of something else", declared=True)
         outputs = self.operator.redispatch(*recording.graphs, recording.inputs, **recording.options, **keywords)
-        return recording.restore(cast("Sequence[object]", outputs))
+        return recording.restore(cast("Sequence[object]", outcome(outputs, recording.inputs)))
 
     def _untold(self, call: Callable[[], Call]) -> bool:
         """Whether a node would not tell the derivative, or that there is none: above autograd, which comes later."""

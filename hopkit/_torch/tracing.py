@@ -26,6 +26,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from hopkit._torch import fakes, levels, sizes, trees
 from hopkit._torch.autograd import computed
+from hopkit._torch.constant import AS_DETACHED, Telling, is_constant
 
 T = TypeVar("T")
 
@@ -70,7 +71,8 @@ class Tracer:
             # Transforms that are active are around the program that is recorded.
             with levels.cleared(), fakes.autograd_on(), fakes.unhooked():
                 inputs = trees.map_only(torch.Tensor, stand_in, tuple(examples))
-                with inside, fakes.zeros_have_memory(), torch.set_grad_enabled(gradients):
+                told = Telling() if gradients else contextlib.nullcontext()
+                with inside, fakes.zeros_have_memory(), torch.set_grad_enabled(gradients), told:
                     graph = reenter_make_fx(function)(*cast("tuple[object, ...]", inputs))
             _tidy(graph)
             known[key] = self.register(name, graph)
@@ -174,7 +176,8 @@ def _tidy(graph: GraphModule) -> None:
     for node in reversed(graph.graph.nodes):
         if node.target in _STEPS:
             node.meta.setdefault("val", None)  # export wants to know what every node gives
-        if node.target is torch.ops.aten.detach.default and not node.users:
+        if node.target in AS_DETACHED and (is_constant(node.args[0]) or not node.users):
+            node.replace_all_uses_with(node.args[0])
             graph.graph.erase_node(node)
     if len(graph.graph.nodes) < before:
         graph.recompile()
