@@ -181,7 +181,7 @@ class Watch(TorchDispatchMode):
     def __init__(self, tracked: Container[torch.Tensor] = ()) -> None:
         super().__init__()  # type: ignore[no-untyped-call] # torch's own
         self._tracked = tracked
-        self.random = False
+        self.random: dict[str, None] = {}  # the devices where random numbers are drawn
         self.opaque = ""
         self.written: list[torch.Tensor] = []
         self.hidden = False
@@ -195,12 +195,15 @@ class Watch(TorchDispatchMode):
         args: tuple[object, ...] = (),
         kwargs: Mapping[str, object] | None = None,
     ) -> object:
+        random = False
         if torch.is_inference_mode_enabled() or not (torch.is_grad_enabled() or off()):
             self.opaque = "a part of it runs without gradients"
         if isinstance(func, torch._ops.OpOverload):
             if func is torch.ops.aten.copy_.default:
                 self.opaque = "it copies into a tensor, and functionalized that has no derivative"
-            self.random |= torch.Tag.nondeterministic_seeded in func.tags
+            random = torch.Tag.nondeterministic_seeded in func.tags
+            if random and any(isinstance(leaf, torch.Generator) for leaf in trees.leaves((args, kwargs))):
+                self.opaque = "it draws from a generator of its own"
             if func._schema.is_mutable or func in _WRITE_STATISTICS:
                 written = list(_writes(func, args, kwargs or {}))
                 if not torch.is_grad_enabled() and any(t.requires_grad for t in written):
@@ -212,6 +215,8 @@ class Watch(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         # What gives no tensor asks for a device or a size, and torch asks only where it has not asked before.
         results = trees.leaves(result)
+        if random:
+            self.random.update(dict.fromkeys(str(t.device) for t in trees.tensors(results)))
         self.made |= symbols(results) - symbols(leaves)
         if any(isinstance(leaf, torch.Tensor) for leaf in results):
             self.steps.append((func, leaves, results))

@@ -32,6 +32,7 @@ from hopkit.extend.autograd import (
     raise_in_backward,
     raises_when_run,
     recording_ahead,
+    repeatable,
     uncounted,
     versions,
 )
@@ -57,6 +58,9 @@ def derive(call: Call) -> object:
         except OutsideError:
             return call.run()  # autograd sees the body instead
     hidden = "" if call.layout is None else call.unseen
+    if hidden and not call.lost and call.op.outputs is not None and repeatable():
+        with uncounted():
+            return apply(Drawn(call), call.inputs)
     if hidden and (call.op.outputs is not None or call.op.effectful):
         raise AutogradError(
             f"op '{call.op.name}'",
@@ -121,14 +125,31 @@ class Derived(Step):
         sources = self._call.rehearsal.sources
         reached = range(len(saved)) if sources is None else {source for i in given for source in sources[i]}
         wrt = [i for i, value in enumerate(self._call.inputs) if needs(value) and i in reached]
-        results: list[torch.Tensor | None] = [None] * len(saved)
+        results: list[torch.Tensor | None] = [None] * len(self._call.inputs)
         if not wrt:
             return results
-        found = self._call.replace(inputs=saved).vjp(wrt, given, [gradients[i] for i in given])()
+        found = self._again(saved).vjp(wrt, given, [gradients[i] for i in given])()
         assert isinstance(found, tuple)
         for i, gradient in zip(wrt, found, strict=True):
             results[i] = gradient
         return results
+
+    def _again(self, saved: tuple[object, ...]) -> Call:
+        return self._call.replace(inputs=saved)
+
+
+class Drawn(Derived):
+    """The op as one step of the tape, where it draws random numbers: backward draws the same."""
+
+    def forward(self, inputs: tuple[object, ...]) -> tuple[tuple[object, ...], tuple[object, ...]]:
+        """The op, and the states of the generators before."""
+        outputs = below(self._call.replace(inputs=inputs).drawing())
+        assert isinstance(outputs, tuple)
+        count = len(outputs) - len(self._call.random)
+        return outputs[:count], (*inputs, *outputs[count:])
+
+    def _again(self, saved: tuple[object, ...]) -> Call:
+        return self._call.redrawn(saved)
 
 
 class Untold(Derived):
