@@ -151,7 +151,7 @@ class Tracer:
         """Write the node ``target(*args, **kwargs)``, and let ``outputs`` be what it gives."""
         proxies = trees.map_leaves(cast("Callable[[object], object]", self._tracer.unwrap_proxy), args)
         node = self._tracer.create_proxy("call_function", target, proxies, dict(kwargs))
-        if any(map(_draws, args)):
+        if any(map(draws, args)):
             node.node.meta["recompute"] = CheckpointPolicy.MUST_SAVE  # again, other numbers would be drawn
         return track_tensor_tree(outputs, node, constant=None, tracer=self._tracer)
 
@@ -183,8 +183,8 @@ def _tidy(graph: GraphModule) -> None:
         graph.recompile()
 
 
-def _draws(graph: object) -> bool:
-    """Whether this is a graph in which random numbers are drawn."""
+def draws(graph: object) -> bool:
+    """Whether this is a graph in which random numbers are drawn, in a graph that it has, too."""
     modules = [m for m in graph.modules() if isinstance(m, GraphModule)] if isinstance(graph, GraphModule) else []
     targets = {node.target for module in modules for node in module.graph.nodes if node.op == "call_function"}
     tags = (target.tags for target in targets if isinstance(target, torch._ops.OpOverload))

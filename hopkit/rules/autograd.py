@@ -58,7 +58,12 @@ def derive(call: Call) -> object:
         except OutsideError:
             return call.run()  # autograd sees the body instead
     hidden = "" if call.layout is None else call.unseen
-    if hidden and not call.lost and call.op.outputs is not None and repeatable():
+    draws = bool(hidden) and not call.lost  # and nothing else is the matter
+    decides = call.op.outputs is not None and call.layout is not None
+    if decides and not call.whole and (draws or not hidden) and compiling():
+        with contextlib.suppress(Unstructured):
+            return call.inlined(call.run)  # each of its steps has a derivative that Inductor knows
+    if decides and draws and repeatable():
         with uncounted():
             return apply(Drawn(call), call.inputs)
     if hidden and (call.op.outputs is not None or call.op.effectful):
@@ -68,9 +73,6 @@ def derive(call: Call) -> object:
             why="backward would run the body again, and its body cannot be recorded in its place",
             todo='Write its derivative (`@op.rule("autograd")`), or record it under torch.no_grad()',
         )
-    if call.op.outputs is not None and call.layout is not None and not call.whole and compiling():
-        with contextlib.suppress(Unstructured):
-            return call.inlined(call.run)  # each of its steps has a derivative that Inductor knows
     if hidden and torch.compiler.is_exporting():  # its node is there already
         return apply(Untold(call, hidden), call.inputs)
     if hidden or call.layout is None:
