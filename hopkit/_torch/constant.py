@@ -110,7 +110,8 @@ class Telling(TorchFunctionMode):
 def _constant_of(tensor: torch.Tensor) -> torch.Tensor:
     if tensor.layout is not torch.strided or tensor.is_nested:
         return tensor
-    tensor = tensor.resolve_conj().resolve_neg()
+    if tensor.is_conj() or tensor.is_neg():
+        tensor = tensor.resolve_conj().resolve_neg()
     return detached(tensor) if torch.is_grad_enabled() else without_gradient(tensor)
 
 

@@ -176,7 +176,7 @@ def _tidy(graph: GraphModule) -> None:
     for node in reversed(graph.graph.nodes):
         if node.target in _STEPS:
             node.meta.setdefault("val", None)  # export wants to know what every node gives
-        if node.target in AS_DETACHED and (is_constant(node.args[0]) or not node.users):
+        if node.target in AS_DETACHED and (is_constant(node.args[0]) or all(map(is_constant, node.users))):
             node.replace_all_uses_with(node.args[0])
             graph.graph.erase_node(node)
     if len(graph.graph.nodes) < before:

@@ -1,0 +1,150 @@
+"""Control flow in graphs that train, where a function detaches a part or draws random numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hopkit_controlflow import associative_scan, cond, fori_loop, map, scan, switch, while_loop
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.functional import dropout
+from torch.testing import assert_close
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning"),  # torch 2.13, of its own pytrees
+    pytest.mark.filterwarnings("ignore:.*torch.jit.script"),  # torch's, of its own code
+]
+
+Part = Callable[[Tensor, Tensor], Tensor]
+Run = Callable[[Tensor, Tensor], Tensor]
+
+X = torch.linspace(-1, 1, 12).reshape(4, 3)
+W = torch.linspace(0.5, 1.5, 3)
+
+OPS: dict[str, Callable[[Part, Tensor, Tensor], Tensor]] = {
+    "cond": lambda f, x, w: cond(x.sum() > -9, lambda x: f(x, w), lambda x: x * 2, (x,)),
+    "switch": lambda f, x, w: switch((x.sum() > -9).long(), (lambda x: x * 2, lambda x: f(x, w)), x),
+    "while_loop": lambda f, x, w: while_loop(lambda i, y: i < 3, lambda i, y: (i + 1, f(y, w)), (torch.tensor(0), x))[1],
+    "fori_loop": lambda f, x, w: fori_loop(0, 3, lambda i, y: f(y, w), x),
+    "scan": lambda f, x, w: scan(lambda c, y: (f(c, w), f(y, w) * c), torch.ones(3), x)[1],
+    "map": lambda f, x, w: map(lambda y: f(y, w), x),
+    "associative_scan": lambda f, x, w: associative_scan(lambda a, b: f(a, w) + b, x, 0),
+}
+
+
+def detached(x: Tensor, w: Tensor) -> Tensor:
+    with torch.no_grad():
+        scale = (x * w).sin()
+    return x * scale + (x * w).detach() * w.cos()
+
+
+def drawn(x: Tensor, w: Tensor) -> Tensor:
+    return dropout(x * w, 0.3) * torch.rand_like(x)
+
+
+def inputs() -> tuple[Tensor, Tensor]:
+    torch.manual_seed(0)
+    return X.clone().requires_grad_(), W.clone().requires_grad_()
+
+
+def derived(run: Run, x: Tensor, w: Tensor, *, twice: bool = False) -> tuple[Tensor, ...]:
+    y = run(x, w)
+    first = torch.autograd.grad(y.sin().sum(), (x, w), create_graph=twice)
+    return y.detach(), *(torch.autograd.grad((first[0] * x).sin().sum(), (x, w)) if twice else first)
+
+
+def recorded(run: Run, *, twice: bool = False) -> tuple[Tensor, ...]:
+    graph = make_fx(lambda x, w: derived(run, x, w, twice=twice))(*inputs())
+    result: tuple[Tensor, ...] = graph(*inputs())
+    return result
+
+
+@pytest.mark.parametrize("part", [detached, drawn])
+@pytest.mark.parametrize("op", OPS)
+def test_its_gradients_are_those_of_eager(op: str, part: Part) -> None:
+    def run(x: Tensor, w: Tensor) -> Tensor:
+        return OPS[op](part, x, w)
+
+    torch.compiler.reset()
+    want = derived(run, *inputs())
+    assert_close(recorded(run), want)
+    assert_close(derived(torch.compile(run, backend="aot_eager", fullgraph=True), *inputs()), want)
+
+
+@pytest.mark.parametrize("op", ["cond", "while_loop", "scan"])
+def test_its_second_derivatives_are_those_of_eager(op: str) -> None:
+    def run(x: Tensor, w: Tensor) -> Tensor:
+        return OPS[op](lambda x, w: drawn(x, w) + detached(x, w), x, w)
+
+    assert_close(recorded(run, twice=True), derived(run, *inputs(), twice=True))
+
+
+def test_inductor_draws_the_same_in_backward() -> None:
+    """As torch's own cond, while_loop and map do not (2.13, 2.14)."""
+
+    def run(x: Tensor, w: Tensor) -> Tensor:
+        x = cond(x.sum() > 0, lambda x: dropout(x), lambda x: x * 2, (x,))
+        x = while_loop(lambda i, x: i < 2, lambda i, x: (i + 1, dropout(x, 0.3)), (torch.tensor(0), x))[1]
+        return map(lambda x: dropout(x, 0.3), x)
+
+    x = torch.ones(8, 32).requires_grad_()
+    y = torch.compile(run, fullgraph=True)(x, W)
+    (gradient,) = torch.autograd.grad(y.sum(), x)
+    assert 0 < y.count_nonzero() < y.numel()
+    assert_close(gradient, y.detach())  # all of it is linear, and x is one
+
+
+def test_what_comes_after_is_drawn_as_in_eager() -> None:
+    """Backward draws again, and leaves the generator as it was."""
+
+    def run(x: Tensor, w: Tensor) -> Tensor:
+        return OPS["cond"](drawn, x, w)
+
+    graph = make_fx(lambda x, w: derived(run, x, w))(*inputs())
+    graph(*inputs())
+    after = torch.rand(3)
+    derived(run, *inputs())
+    assert torch.equal(after, torch.rand(3))
+
+
+def test_what_is_drawn_from_a_generator_of_its_own_is_refused() -> None:
+    generator = torch.Generator()
+
+    def run(x: Tensor, w: Tensor) -> Tensor:
+        return OPS["cond"](lambda x, w: x * w * torch.rand(3, generator=generator), x, w)
+
+    with pytest.raises(RuntimeError, match="draws from a generator of its own"):
+        recorded(run)
+
+
+def test_one_without_gradients_within_another() -> None:
+    """It is a node in the graph of the outer one, and its result has no gradient."""
+
+    def inner(x: Tensor, w: Tensor) -> Tensor:
+        with torch.no_grad():
+            scale = OPS["cond"](lambda x, w: x * w, x, w)
+        return scale * x * w
+
+    def run(x: Tensor, w: Tensor) -> Tensor:
+        return OPS["cond"](inner, x, w)
+
+    assert_close(recorded(run), derived(run, *inputs()))
+    assert_close(derived(torch.compile(run, backend="aot_eager", fullgraph=True), *inputs()), derived(run, *inputs()))
+
+
+def test_what_cannot_be_a_node_is_never_a_graph_of_stand_ins() -> None:
+    """Exported with one without gradients in it, strictly, it gave what was in memory."""
+
+    class Model(torch.nn.Module):
+        def forward(self, x: Tensor, w: Tensor) -> Tensor:
+            def inner(x: Tensor, w: Tensor) -> Tensor:
+                with torch.no_grad():
+                    return OPS["cond"](lambda x, w: x * w, x, w)
+
+            return OPS["cond"](inner, x, w) * w
+
+    with pytest.raises(RuntimeError, match="data-dependent"):
+        torch.export.export(Model(), (X, W), strict=True)
