@@ -115,8 +115,20 @@ def _code(function: Callable[..., object]) -> object:
 
 
 def start(carry: T) -> T:
-    """A state to begin with. A number becomes a tensor: one graph is for all of its values."""
-    return map_leaves(number, carry)
+    """A state to begin with. A number becomes a tensor: one graph is for all of its values.
+
+    A tensor that is there twice becomes two, for after a step it is.
+    """
+    seen: list[object] = []
+
+    def first(leaf: object) -> object:
+        leaf = number(leaf)
+        if isinstance(leaf, torch.Tensor) and any(leaf is other for other in seen):
+            return leaf.view_as(leaf)
+        seen.append(leaf)
+        return leaf
+
+    return map_leaves(first, carry)
 
 
 def number(value: object) -> object:
