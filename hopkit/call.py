@@ -460,7 +460,9 @@ class Call:
     @property
     def random(self) -> tuple[str, ...]:
         """The devices where the call draws random numbers."""
-        return () if self.layout and any(name == REDRAWN for name, *_ in self.layout.transforms) else self.rehearsal.random
+        return (
+            () if self.layout and any(name == REDRAWN for name, *_ in self.layout.transforms) else self.rehearsal.random
+        )
 
     @property
     def lost(self) -> str:

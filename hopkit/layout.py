@@ -192,7 +192,7 @@ class Layout:
 
     @property
     def added(self) -> int:
-        """How many inputs come with the transforms, after those of the op: gradients, tangents, states of generators."""
+        """How many inputs come with the transforms, after those of the op: gradients, tangents, states."""
         numbers: dict[object, int] = {"vjp": 2, "jvp": 1, REDRAWN: 1}
         return sum(len(cast("Sequence[int]", t[numbers[t[0]]])) for t in self.transforms if t[0] in numbers)
 

@@ -119,7 +119,7 @@ def without_gradient(tensor: torch.Tensor) -> torch.Tensor:
 
 def detached(tensor: torch.Tensor) -> torch.Tensor:
     """A view of ``tensor``, as one operator of torch's: it has neither a tangent nor a gradient."""
-    return torch.ops.aten.view.dtype(tensor, tensor.dtype)
+    return cast("torch.Tensor", torch.ops.aten.view.dtype(tensor, tensor.dtype))
 
 
 CONSTANT = (torch.ops.hopkit.without_gradient.default, torch.ops.aten.view.dtype)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -27,7 +26,9 @@ W = torch.linspace(0.5, 1.5, 3)
 OPS: dict[str, Callable[[Part, Tensor, Tensor], Tensor]] = {
     "cond": lambda f, x, w: cond(x.sum() > -9, lambda x: f(x, w), lambda x: x * 2, (x,)),
     "switch": lambda f, x, w: switch((x.sum() > -9).long(), (lambda x: x * 2, lambda x: f(x, w)), x),
-    "while_loop": lambda f, x, w: while_loop(lambda i, y: i < 3, lambda i, y: (i + 1, f(y, w)), (torch.tensor(0), x))[1],
+    "while_loop": lambda f, x, w: while_loop(lambda i, y: i < 3, lambda i, y: (i + 1, f(y, w)), (torch.tensor(0), x))[
+        1
+    ],
     "fori_loop": lambda f, x, w: fori_loop(0, 3, lambda i, y: f(y, w), x),
     "scan": lambda f, x, w: scan(lambda c, y: (f(c, w), f(y, w) * c), torch.ones(3), x)[1],
     "map": lambda f, x, w: map(lambda y: f(y, w), x),
@@ -177,11 +178,16 @@ def _plain(op: str, f: Callable[[Tensor], Tensor], x: Tensor, w: Tensor) -> Tens
 
 
 def _ours(op: str, f: Callable[[Tensor], Tensor], x: Tensor, w: Tensor) -> Tensor:
-    if op == "scan":
-        return scan(lambda c, y: ((c := f(c) * y), f(y) + c), w[0], x)[1]
-    if op == "cond":
-        return cond(x.sum() > -9, f, lambda x: x * 2, (x,))
-    return while_loop(lambda i, x: i < 2, lambda i, x: (i + 1, f(x)), (torch.tensor(0), x))[1]
+    def step(carry: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        carry = f(carry) * y
+        return carry, f(y) + carry
+
+    found: dict[str, Callable[[], Tensor]] = {
+        "scan": lambda: scan(step, w[0], x)[1],
+        "cond": lambda: cond(x.sum() > -9, f, lambda x: x * 2, (x,)),
+        "while_loop": lambda: while_loop(lambda i, x: i < 2, lambda i, x: (i + 1, f(x)), (torch.tensor(0), x))[1],
+    }
+    return found[op]()
 
 
 @pytest.mark.parametrize("op", ["cond", "while_loop", "scan"])
