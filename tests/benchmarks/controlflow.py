@@ -82,7 +82,7 @@ def measure(case: Case, size: int, *, compiled: bool, training: bool) -> str:
 
 
 def compiling(case: Case, *, training: bool) -> tuple[str, ...]:
-    """The seconds that it takes to compile torch's op, and how many times as long hopkit's takes. "-": torch's cannot."""
+    """The seconds that compiling torch's op takes, and how many times as long hopkit's takes. "-": torch's cannot."""
     theirs, ours, run = case
     x, w = (torch.randn(n, 8).requires_grad_(training) for n in (20, 8))
 

@@ -42,7 +42,7 @@ def predicate(who: str, value: T) -> T:
             why="one way is gone, so one element decides",
             todo="Reduce it, such as by `.all()` or `.any()`; to choose for each element, use torch.where",
         )
-    return cast("T", value.reshape(()))
+    return cast("T", value.reshape(())) if value.dim() else value
 
 
 def alike(op: str, name: str, got: T, other: str, want: object) -> T:
@@ -146,7 +146,7 @@ def called(op: str, name: str, function: Callable[..., T], *args: object) -> T:
     """
     if is_recorded(function):
         return function(*args)
-    given = leaves(list(args))
+    given = leaves(args)
     before = versions(given)
     result = function(*args)
     if versions(given) != before:
