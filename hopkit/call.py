@@ -471,7 +471,7 @@ class Call:
             return "it has an effect"
         if not self.op.pure:
             return "it is not pure, and may give something else"
-        if self.op.random and not self.rehearsal.random:
+        if self.op.random:  # the body itself, which may not run on stand-ins: nobody knows from which generators
             return "it draws random numbers"
         return self.rehearsal.opaque
 
