@@ -96,13 +96,13 @@ TORCH_DOES = (
     "A branch of `torch.cond` may give another size than the other: a size that nobody knows comes out. Here it is a "
     "`SubgraphError`.",
     "Without gradients, functions may write to what they are given. Here it is a `SubgraphError`: write to a copy.",
-    "A function may detach a part, or run it without gradients, in a graph that trains. Here that is right in eager, "
-    "and where a graph is made an `AutogradError`.",
     "There is code for Triton. What the plugin's ops become under Inductor was compiled on a CPU alone.",
 )
 TORCH_DOES_NOT = (
     "Functions may give back what they got, or one tensor twice, or views of it.",
     "A sequence may have no slices.",
+    "In a graph that trains, functions may draw random numbers: backward draws the same. torch's own `cond`, "
+    "`while_loop` and `map` draw others there, and their gradients are wrong without a word.",
 )
 SHOWN = {"all": "right", "no": "raises", "-": "-"}
 

@@ -20,7 +20,7 @@ from hopkit._torch.functional import is_functional, memory
 from hopkit._torch.structured import Unstructured, loops_stay
 from hopkit._torch.watch import Count, Same, Substitute, Watch, custom_backward, sources
 from hopkit.codec import Slot
-from hopkit.layout import Layout, Meta
+from hopkit.layout import DRAWING, REDRAWN, Layout, Meta
 from hopkit.probe import Graph, variable_name
 from hopkit.record import run_or_examples
 from hopkit.spec import Kind, OpSpec
@@ -92,7 +92,7 @@ class Rehearsal:
 
     Args:
         examples: Per graph, stand-ins of the inputs that it is called with.
-        random: Whether random numbers are drawn.
+        random: The devices where random numbers are drawn.
         handwritten: What part has a derivative of its own, as far as its inputs require a gradient, or "".
         opaque: Why a recorded graph cannot be differentiated, or "".
         outputs: Stand-ins of what the call gives.
@@ -103,7 +103,7 @@ class Rehearsal:
     """
 
     examples: tuple[tuple[object, ...], ...]
-    random: bool
+    random: tuple[str, ...]
     handwritten: str
     opaque: str
     outputs: object
@@ -357,6 +357,8 @@ class Call:
         Raises:
             Unstructured: The body decides on values as Inductor knows no way to, or takes too many operators.
         """
+        if self.layout is not None and any(name in (DRAWING, REDRAWN) for name, *_ in self.layout.transforms):
+            raise Unstructured("no operator of torch's is the state of a generator")
         for around in (contextlib.nullcontext, loops_stay):
             with around():
                 if self._takes_few():
@@ -429,7 +431,7 @@ class Call:
         opaque = handwritten or next(filter(None, told), "") or watch.opaque
         writes = tuple(tuple(sorted(those)) for those in writing)
         return Rehearsal(
-            examples, watch.random, handwritten, opaque, outputs, reached, written, writes, entwined=any(shared)
+            examples, tuple(watch.random), handwritten, opaque, outputs, reached, written, writes, entwined=any(shared)
         )
 
     def _example(
@@ -453,13 +455,33 @@ class Call:
     @property
     def unseen(self) -> str:
         """Why running the body again in backward would give something else, or ""."""
+        return self.lost or ("it draws random numbers" if self.random else "")
+
+    @property
+    def random(self) -> tuple[str, ...]:
+        """The devices where the call draws random numbers."""
+        return (
+            () if self.layout and any(name == REDRAWN for name, *_ in self.layout.transforms) else self.rehearsal.random
+        )
+
+    @property
+    def lost(self) -> str:
+        """Why running the body again would give something else, also if it drew the same random numbers, or ""."""
         if self.op.effectful:
             return "it has an effect"
         if not self.op.pure:
             return "it is not pure, and may give something else"
-        if self.op.random or self.rehearsal.random:
+        if self.op.random:  # the body itself, which may not run on stand-ins: nobody knows from which generators
             return "it draws random numbers"
         return self.rehearsal.opaque
+
+    def drawing(self) -> Call:
+        """The call that also gives, after its outputs, the states of the generators that it draws from."""
+        return self._transformed(self.inputs, (DRAWING, self.random))
+
+    def redrawn(self, inputs: Sequence[object]) -> Call:
+        """The call that draws what it drew before, if such states are the last of its inputs."""
+        return self._transformed(inputs, (REDRAWN, self.random))
 
     @property
     def handwritten(self) -> str:

@@ -27,6 +27,7 @@ VERSION = 3
 KEYWORD = "hopkit"
 REGION = "region"
 FUNCTIONAL = "functional"
+DRAWING, REDRAWN = "drawing", "redrawn"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,8 +192,8 @@ class Layout:
 
     @property
     def added(self) -> int:
-        """How many inputs come with the transforms, after those of the op: gradients and tangents."""
-        numbers: dict[object, int] = {"vjp": 2, "jvp": 1}
+        """How many inputs come with the transforms, after those of the op: gradients, tangents, states."""
+        numbers: dict[object, int] = {"vjp": 2, "jvp": 1, REDRAWN: 1}
         return sum(len(cast("Sequence[int]", t[numbers[t[0]]])) for t in self.transforms if t[0] in numbers)
 
     def capturing(self, added: Sequence[Sequence[Meta]], at: int) -> Layout:
@@ -238,7 +239,7 @@ class Layout:
 def _moved(step: tuple[object, ...], at: int, count: int) -> tuple[object, ...]:
     """A transform where ``count`` inputs were put before number ``at``."""
     name, which, *rest = step
-    if name == REGION:
+    if name in (REGION, DRAWING, REDRAWN):
         return step
     numbers = cast("tuple[int | None, ...]", which)
     if name == "vmap":

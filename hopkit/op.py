@@ -17,6 +17,7 @@ from typing_extensions import ParamSpec, TypeVar
 from hopkit import binding, install, layout, live
 from hopkit._torch import checkpoint, dynamo, inductor, keys, state, trees
 from hopkit._torch.autograd import needs_gradient, raise_in_backward
+from hopkit._torch.constant import outcome
 from hopkit._torch.fakes import bound, effectless, rehearsing
 from hopkit._torch.operator import Operator
 from hopkit._torch.operator import Place as TorchPlace
@@ -237,7 +238,8 @@ class Op(Generic[P, R]):
             except Unrecordable as reason:
                 reason.report(self.spec)
         known = unrehearsable or (self.spec.stood_for and state.transforming())
-        if rehearsing() or (known and self.spec.outputs and self._asking.declared(operands)):
+        stands_in = known and self.spec.outputs and not state.recording() and self._asking.declared(operands)
+        if rehearsing() or stands_in:  # in a graph these would be values
             return self._in_place(lambda: run_or_examples(self.spec, values), args, kwargs)
         arguments, keywords = self.spec.arguments(values)
         vanished = self.spec.name in _vanished.get()
@@ -323,7 +325,7 @@ class Op(Generic[P, R]):
         if self._untold(lambda: self.decode(*recording.graphs, recording.inputs, **recording.options, **keywords)):
             raise Unrecordable("the gradient would be that of something else", declared=True)
         outputs = self.operator.redispatch(*recording.graphs, recording.inputs, **recording.options, **keywords)
-        return recording.restore(cast("Sequence[object]", outputs))
+        return recording.restore(cast("Sequence[object]", outcome(outputs, recording.inputs)))
 
     def _untold(self, call: Callable[[], Call]) -> bool:
         """Whether a node would not tell the derivative, or that there is none: above autograd, which comes later."""
@@ -428,7 +430,8 @@ class Op(Generic[P, R]):
             return self._stamped(call)()
         self._compare(call.layout)
         with _told():
-            stands_in = rehearsing() or (self.spec.stood_for and self._asking.declared(call.inputs))
+            stood_for = self.spec.stood_for and not state.recording() and self._asking.declared(call.inputs)
+            stands_in = rehearsing() or stood_for
             result = self._in_place(call.like_body if stands_in else call.run, args, kwargs)
         return result if state.quiet() else bound(result, call.inputs)
 

@@ -9,14 +9,14 @@ from typing import NoReturn, cast
 
 import torch
 
-from hopkit._torch import levels, sizes, trees
+from hopkit._torch import levels, random, sizes, trees
 from hopkit._torch.fakes import autograd_on, copied, unhooked, zeros_of_stand_ins
 from hopkit._torch.sizes import Equal
 from hopkit._torch.state import before_dispatch, forward_mode
 from hopkit._torch.watch import beyond
 from hopkit.codec import Slot
 from hopkit.errors import LayoutError, RuleError, SignatureError
-from hopkit.layout import FUNCTIONAL, REGION, Layout, Variant, arguments, fill
+from hopkit.layout import DRAWING, FUNCTIONAL, REDRAWN, REGION, Layout, Variant, arguments, fill
 from hopkit.spec import Kind, OpSpec
 
 _GIVEN = (torch.Tensor, int, float, *sizes.SYMBOLIC)
@@ -326,4 +326,32 @@ def jvp(run: Flat, wrt: Sequence[int], given: Sequence[int]) -> Flat:
     return transformed
 
 
-TRANSFORMS: dict[str, Callable[..., Flat]] = {"vjp": vjp, "vmap": vmap, "jvp": jvp, FUNCTIONAL: functional}
+def drawing(run: Flat, devices: Sequence[str]) -> Flat:
+    """``run``, which also gives, after its outputs, the states that the generators of these devices were in before."""
+
+    def transformed(inputs: Sequence[object]) -> tuple[object, ...]:
+        states = random.states(devices)
+        return (*run(inputs), *states)
+
+    return transformed
+
+
+def redrawn(run: Flat, devices: Sequence[str]) -> Flat:
+    """``run``, drawing what it drew: such states follow its inputs."""
+
+    def transformed(inputs: Sequence[object]) -> tuple[object, ...]:
+        count = len(inputs) - len(devices)
+        with random.drawing_from(devices, inputs[count:]):
+            return run(inputs[:count])
+
+    return transformed
+
+
+TRANSFORMS: dict[str, Callable[..., Flat]] = {
+    "vjp": vjp,
+    "vmap": vmap,
+    "jvp": jvp,
+    FUNCTIONAL: functional,
+    DRAWING: drawing,
+    REDRAWN: redrawn,
+}

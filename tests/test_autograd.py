@@ -93,6 +93,9 @@ KEPT: dict[str, Model] = {
     "nested": lambda twice, x, w: twice(lambda y: twice(lambda z: (z * w).sin(), y) + w, x),
     "vmap inside": lambda twice, x, w: twice(by_rows(w), x),
     "func.grad inside": lambda twice, x, w: twice(slope_of_sine(w), x),
+    "detached": lambda twice, x, w: twice(lambda y: (y * w).detach() * y, x),
+    "autograd.grad inside": lambda twice, x, w: twice(lambda y: own_gradient(y, w), x),
+    "no_grad": lambda twice, x, w: twice(lambda y: partly_frozen(y, w), x),
 }
 DECOMPOSED: dict[str, Model] = {
     "dropout": lambda twice, x, w: twice(lambda y: torch.nn.functional.dropout(y * w), x),
@@ -101,9 +104,6 @@ DECOMPOSED: dict[str, Model] = {
     ),
     "backward of its own": lambda twice, x, w: twice(lambda y: ten_times(y, w), x),
     "backward in a nested op": lambda twice, x, w: twice(lambda y: twice(lambda z: ten_times(z, w), y) + w, x),
-    "detached": lambda twice, x, w: twice(lambda y: (y * w).detach() * y, x),
-    "autograd.grad inside": lambda twice, x, w: twice(lambda y: own_gradient(y, w), x),
-    "no_grad": lambda twice, x, w: twice(lambda y: partly_frozen(y, w), x),
     "hook": lambda twice, x, w: twice(lambda y: hooked(y, w), x),
 }
 

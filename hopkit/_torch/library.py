@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import cast
 
 import torch
+from torch.autograd import forward_ad
 
-from hopkit._torch.autograd import NOT_IMPLEMENTED
+from hopkit._torch.autograd import NOT_IMPLEMENTED, below_autograd
 from hopkit._torch.fakes import among, autograd_on, transforms_on
+from hopkit._torch.later import after_import
 
 Run = Callable[[Sequence[object]], Sequence[torch.Tensor]]
 
@@ -104,3 +107,39 @@ def _ordered() -> None:
 
     if effects._get_effect("hopkit::call_with_effect") is None:
         effects._register_effectful_op("hopkit::call_with_effect", effects._EffectType.ORDERED)
+
+
+_library.define("without_gradient(Tensor input) -> Tensor")
+
+
+def without_gradient(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy of ``tensor``, as one operator: it has a tangent in forward mode, and no gradient in reverse."""
+    return cast("torch.Tensor", torch.ops.hopkit.without_gradient(tensor))
+
+
+def detached(tensor: torch.Tensor) -> torch.Tensor:
+    """A view of ``tensor``, as one operator of torch's: it has neither a tangent nor a gradient."""
+    return cast("torch.Tensor", torch.ops.aten.view.dtype(tensor, tensor.dtype))
+
+
+CONSTANT = (torch.ops.hopkit.without_gradient.default, torch.ops.aten.view.dtype)
+"""What gives what has no gradient."""
+
+
+def _pass_tangent_on(tensor: torch.Tensor) -> torch.Tensor:
+    tangent = None
+    if forward_ad._current_level >= 0:
+        tensor, tangent = forward_ad.unpack_dual(tensor)
+    with below_autograd():
+        result = without_gradient(tensor)
+    return result if tangent is None else forward_ad.make_dual(result, without_gradient(tangent))
+
+
+def _lower(inductor: ModuleType) -> None:
+    inductor.register_lowering(torch.ops.hopkit.without_gradient, type_promotion_kind=None)(lambda value: value)
+
+
+_library.impl("without_gradient", torch.clone, "CompositeExplicitAutograd")
+_library.impl("without_gradient", _pass_tangent_on, "Autograd")
+torch.library.register_vmap("hopkit::without_gradient", lambda _, dims, x: (without_gradient(x), *dims), lib=_library)
+after_import("torch._inductor.lowering", _lower)

@@ -22,6 +22,7 @@ from torch.fx.traceback import preserve_node_meta
 from hopkit._torch import inductor, sizes
 from hopkit._torch.autograd import needs_gradient
 from hopkit._torch.casts import casting
+from hopkit._torch.constant import Telling
 from hopkit._torch.fakes import Stage, outside_modes, unfunctional
 from hopkit._torch.watch import Substitute
 
@@ -151,7 +152,8 @@ class _Both:
             return value
 
         with Substitute(replaced):  # backward, too, may use what a subgraph closes over
-            outputs = self._run(inputs)
+            with Telling():  # the forward half may be differentiated as part of another graph
+                outputs = self._run(inputs)
             return (*outputs, *self._gradients(inputs, outputs, gradients))
 
     def _gradients(

@@ -15,7 +15,9 @@ from torch.fx.node import map_arg
 
 from hopkit._torch import fakes, levels, trees
 from hopkit._torch.autograd import computed, differentiable
-from hopkit._torch.watch import Lossy, custom_backward
+from hopkit._torch.constant import Telling
+from hopkit._torch.library import detached
+from hopkit._torch.watch import custom_backward
 
 
 class Lost(Exception):
@@ -50,7 +52,7 @@ def retrace(
     Raises:
         Lost: The gradients would be others.
     """
-    watch, gradients = Lossy(), torch.is_grad_enabled()
+    watch, gradients = Telling(), torch.is_grad_enabled()
 
     def watched(*inputs: object) -> object:
         with watch:
@@ -65,7 +67,9 @@ def retrace(
             if isinstance(example, torch.Tensor):
                 fake = fakes.stand_in(example, mode).requires_grad_(gradients and differentiable(example))
                 inputs[i] = computed(fake) if i in written and fake.requires_grad else fake
-        graph = make_fx(torch.func.functionalize(watched) if functional else watched)(*inputs)
+        # The graph is for processes without hopkit.
+        own = {torch.ops.hopkit.without_gradient.default: detached}
+        graph = make_fx(torch.func.functionalize(watched) if functional else watched, own)(*inputs)
     if gradients and watch.reason:
         raise Lost(watch.reason)
     if derivative:

@@ -19,7 +19,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from hopkit._torch import inductor, levels
 from hopkit._torch.autograd import below_autograd
 from hopkit._torch.fakes import Stage, unfunctional
-from hopkit._torch.tracing import attribute
+from hopkit._torch.tracing import attribute, draws
 
 Flat = Callable[[Sequence[object]], Sequence[object]]
 Tensors = tuple[torch.Tensor, ...]
@@ -82,6 +82,8 @@ def trace(run: Flat, values: Sequence[object], *, again: bool = False) -> GraphM
             continue
         if again and module.graph.find_nodes(op="call_function", target=torch.ops.higher_order.while_loop):
             raise Unstructured("Inductor does not find the number of trips of a loop within another node (2.13, 2.14)")
+        if again and draws(module):
+            raise Unstructured("it draws random numbers, and would draw others in backward")
         for node in module.graph.find_nodes(op="get_attr"):
             value = attribute(module, node.target)
             if isinstance(value, torch.Tensor) and isinstance(unfunctional(value), FakeTensor):

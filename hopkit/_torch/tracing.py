@@ -26,6 +26,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from hopkit._torch import fakes, levels, sizes, trees
 from hopkit._torch.autograd import computed
+from hopkit._torch.constant import AS_DETACHED, Telling, is_constant
 
 T = TypeVar("T")
 
@@ -70,7 +71,8 @@ class Tracer:
             # Transforms that are active are around the program that is recorded.
             with levels.cleared(), fakes.autograd_on(), fakes.unhooked():
                 inputs = trees.map_only(torch.Tensor, stand_in, tuple(examples))
-                with inside, fakes.zeros_have_memory(), torch.set_grad_enabled(gradients):
+                told = Telling() if gradients else contextlib.nullcontext()
+                with inside, fakes.zeros_have_memory(), torch.set_grad_enabled(gradients), told:
                     graph = reenter_make_fx(function)(*cast("tuple[object, ...]", inputs))
             _tidy(graph)
             known[key] = self.register(name, graph)
@@ -149,7 +151,7 @@ class Tracer:
         """Write the node ``target(*args, **kwargs)``, and let ``outputs`` be what it gives."""
         proxies = trees.map_leaves(cast("Callable[[object], object]", self._tracer.unwrap_proxy), args)
         node = self._tracer.create_proxy("call_function", target, proxies, dict(kwargs))
-        if any(map(_draws, args)):
+        if any(map(draws, args)):
             node.node.meta["recompute"] = CheckpointPolicy.MUST_SAVE  # again, other numbers would be drawn
         return track_tensor_tree(outputs, node, constant=None, tracer=self._tracer)
 
@@ -178,21 +180,19 @@ def _tidy(graph: GraphModule) -> None:
     for node in reversed(graph.graph.nodes):
         if node.target in _STEPS:
             node.meta.setdefault("val", None)  # export wants to know what every node gives
-        if node.target in _WHOLE and not node.users:
+        if node.target in AS_DETACHED and (is_constant(node.args[0]) or all(map(is_constant, node.users))):
+            node.replace_all_uses_with(node.args[0])
             graph.graph.erase_node(node)
     if len(graph.graph.nodes) < before:
         graph.recompile()
 
 
-def _draws(graph: object) -> bool:
-    """Whether this is a graph in which random numbers are drawn."""
+def draws(graph: object) -> bool:
+    """Whether this is a graph in which random numbers are drawn, in a graph that it has, too."""
     modules = [m for m in graph.modules() if isinstance(m, GraphModule)] if isinstance(graph, GraphModule) else []
     targets = {node.target for module in modules for node in module.graph.nodes if node.op == "call_function"}
     tags = (target.tags for target in targets if isinstance(target, torch._ops.OpOverload))
     return run_and_save_rng_state in targets or any(torch.Tag.nondeterministic_seeded in known for known in tags)
-
-
-_WHOLE = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
 
 
 # Above autograd a tracer writes down how a level of a transform begins and ends.

@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeGuard, TypeVar, cast
 
 import torch
+from torch.compiler import is_dynamo_compiling
 from torch.utils import _pytree as pytree
 
 T = TypeVar("T")
@@ -16,6 +18,8 @@ Tree = pytree.TreeSpec
 
 def flatten(value: object) -> tuple[list[object], Tree]:
     """The leaves of a pytree, in order, and its structure, in which a ``torch.Size`` is a tuple."""
+    if _is_quick(value):
+        return list(value), _of_tuple(len(value))
     leaves, tree = pytree.tree_flatten(value)
     if any(isinstance(leaf, (int, torch.SymInt)) for leaf in leaves):  # torch makes a tuple of it on the way back
         return pytree.tree_flatten(pytree.tree_unflatten(leaves, tree))
@@ -24,7 +28,7 @@ def flatten(value: object) -> tuple[list[object], Tree]:
 
 def leaves(value: object) -> list[object]:
     """The leaves of a pytree, in order."""
-    return pytree.tree_leaves(value)
+    return list(value) if _is_quick(value) else pytree.tree_leaves(value)
 
 
 def tensors(value: object) -> list[torch.Tensor]:
@@ -82,6 +86,8 @@ def is_plain(value: object) -> bool:
 
 def map_leaves(fn: Callable[[object], object], value: T) -> T:
     """``value`` with ``fn`` applied to every leaf."""
+    if _is_quick(value):
+        return cast("T", tuple(map(fn, value)))
     return cast("T", pytree.tree_map(fn, value))
 
 
@@ -111,6 +117,17 @@ def holds(kinds: tuple[type, ...], values: Iterable[object]) -> bool:
 
 def _is_tuple_of_tensors(value: object) -> TypeGuard[tuple[torch.Tensor, ...]]:
     return type(value) is tuple and TENSORS.issuperset(map(type, value))
+
+
+def _is_quick(value: object) -> TypeGuard[tuple[torch.Tensor, ...]]:
+    """Whether this is as simple a pytree as most are. Dynamo knows torch's functions, and reads those here."""
+    return not is_dynamo_compiling() and _is_tuple_of_tensors(value)
+
+
+@functools.cache
+def _of_tuple(length: int) -> Tree:
+    spec: Tree = pytree.tree_structure((0,) * length)
+    return spec
 
 
 TENSORS = frozenset({torch.Tensor, torch.nn.Parameter})

@@ -17,6 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper
 from typing_extensions import Self
 
 from hopkit._torch import trees
+from hopkit._torch.autograd import differentiable, versions
+from hopkit._torch.constant import ASKED, OPAQUE, apart, off, without_gradients
 from hopkit._torch.fakes import same_storage
 from hopkit._torch.sizes import SYMBOLIC, Describe, describe, symbols
 from hopkit._torch.stance import out
@@ -45,7 +47,8 @@ class Substitute(TorchFunctionMode):
         super().__init__()
         self.replace, self._describe = replace, describe
         self.steps: list[tuple[object, ...]] = []
-        self.opaque = ""
+        self._opaque = ""
+        self._apart: list[tuple[torch.Tensor, list[int]]] = []  # what is detached of other memory, and its version then
         self.compiles = ""  # the name of an operator that would have its functions compiled, with what they close over
 
     def __enter__(self) -> Self:
@@ -73,9 +76,31 @@ class Substitute(TorchFunctionMode):
         args, named = self.replaced((args, dict(kwargs or {})))
         # torch.func asks its own wrappers; the answer is the same whatever is traced.
         wrapped = isinstance(args[0], torch.Tensor) and is_functorch_wrapped_tensor(args[0]) if args else False
-        if not (wrapped and func in _ASKED):
-            self.opaque = _OPAQUE.get(func, "") or self.opaque
-        return func(*args, **named)
+        if not (wrapped and func in ASKED):
+            self._opaque = OPAQUE.get(func, "") or self._opaque
+        if torch.is_grad_enabled():
+            result = func(*args, **named)
+        else:
+            with without_gradients():
+                result = func(*args, **named)
+        if apart(func):
+            self._notice(result, [leaf for leaf in trees.leaves((args, named)) if isinstance(leaf, torch.Tensor)])
+        return result
+
+    def _notice(self, result: object, given: Sequence[torch.Tensor]) -> None:
+        for tensor in (leaf for leaf in trees.leaves(result) if differentiable(leaf)):
+            tensor = cast("torch.Tensor", tensor)
+            if tensor.layout is not torch.strided or tensor.is_nested:
+                self._opaque = "a part of it is detached, which is no dense tensor"
+            elif not any(tensor is t for t in given) and any(same_storage(tensor, t) for t in given):
+                self._apart.append((tensor, versions([tensor])))
+
+    @property
+    def opaque(self) -> str:
+        """Why a graph of what ran inside, with what `Telling` says in it, has other derivatives, or ""."""
+        if any(versions([tensor]) != version for tensor, version in self._apart):
+            return "it writes to what it has detached"
+        return self._opaque
 
     def replaced(self, value: T) -> T:
         """A pytree with every value replaced that has a stand-in."""
@@ -97,29 +122,6 @@ def replaced(value: T) -> T:
     return value
 
 
-_ASKED = (torch.Tensor.requires_grad.__get__, torch.Tensor.is_leaf.__get__)  # type: ignore[attr-defined] # properties
-
-# make_fx of 2.14 writes detach as an alias, which has a gradient; a hook is in no graph.
-_OPAQUE: dict[object, str] = {
-    torch.Tensor.register_hook: "it has a hook on a gradient",
-    **dict.fromkeys(
-        (
-            torch.detach,
-            torch.Tensor.detach,
-            torch.Tensor.detach_,
-            torch.Tensor.new_tensor,
-            torch.ops.aten.detach,
-            torch.ops.aten.detach.default,
-            torch.ops.aten.detach_,
-            torch.ops.aten.detach_.default,
-            torch.Tensor.data.__get__,  # type: ignore[attr-defined] # a property of C
-        ),
-        "a part of it is detached",
-    ),
-    **dict.fromkeys(_ASKED, "it asks whether a tensor requires a gradient"),
-}
-
-
 class Count(TorchDispatchMode):
     """How many operators ran that give tensors; to read a tensor's device is one that does not."""
 
@@ -136,27 +138,6 @@ class Count(TorchDispatchMode):
     ) -> object:
         result = func(*args, **(kwargs or {}))
         self.operators += any(isinstance(leaf, torch.Tensor) for leaf in trees.leaves(result))
-        return result
-
-
-class Lossy(TorchFunctionMode):
-    """Notices what the graph of a function does not say: that a part of it has no gradient."""
-
-    reason = ""
-
-    def __torch_function__(
-        self,
-        func: Callable[..., object],
-        types: Sequence[type],
-        args: tuple[object, ...] = (),
-        kwargs: Mapping[str, object] | None = None,
-    ) -> object:
-        result = func(*args, **(kwargs or {}))
-        if any(isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in trees.leaves((args, kwargs))):
-            if not torch.is_grad_enabled() and any(isinstance(leaf, torch.Tensor) for leaf in trees.leaves(result)):
-                self.reason = "a part of it runs without gradients"
-            elif func not in _ASKED:
-                self.reason = _OPAQUE.get(func, "") or self.reason
         return result
 
 
@@ -200,7 +181,7 @@ class Watch(TorchDispatchMode):
     def __init__(self, tracked: Container[torch.Tensor] = ()) -> None:
         super().__init__()  # type: ignore[no-untyped-call] # torch's own
         self._tracked = tracked
-        self.random = False
+        self.random: dict[str, None] = {}  # the devices where random numbers are drawn
         self.opaque = ""
         self.written: list[torch.Tensor] = []
         self.hidden = False
@@ -214,20 +195,28 @@ class Watch(TorchDispatchMode):
         args: tuple[object, ...] = (),
         kwargs: Mapping[str, object] | None = None,
     ) -> object:
-        if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+        random = False
+        if torch.is_inference_mode_enabled() or not (torch.is_grad_enabled() or off()):
             self.opaque = "a part of it runs without gradients"
         if isinstance(func, torch._ops.OpOverload):
             if func is torch.ops.aten.copy_.default:
                 self.opaque = "it copies into a tensor, and functionalized that has no derivative"
-            self.random |= torch.Tag.nondeterministic_seeded in func.tags
+            random = torch.Tag.nondeterministic_seeded in func.tags
+            if random and any(isinstance(leaf, torch.Generator) for leaf in trees.leaves((args, kwargs))):
+                self.opaque = "it draws from a generator of its own"
             if func._schema.is_mutable or func in _WRITE_STATISTICS:
-                self.written.extend(_writes(func, args, kwargs or {}))
+                written = list(_writes(func, args, kwargs or {}))
+                if not torch.is_grad_enabled() and any(t.requires_grad for t in written):
+                    self.opaque = "it writes to a tensor that has a gradient, and gradients are off"
+                self.written.extend(written)
         leaves = trees.leaves((args, kwargs))
         # Code that is no Python, such as a scripted module's, uses its tensors where nothing can replace them.
         self.hidden |= any(isinstance(t, torch.Tensor) and self._hides(t) for t in leaves)
         result = func(*args, **(kwargs or {}))
         # What gives no tensor asks for a device or a size, and torch asks only where it has not asked before.
         results = trees.leaves(result)
+        if random:
+            self.random.update(dict.fromkeys(str(t.device) for t in trees.tensors(results)))
         self.made |= symbols(results) - symbols(leaves)
         if any(isinstance(leaf, torch.Tensor) for leaf in results):
             self.steps.append((func, leaves, results))

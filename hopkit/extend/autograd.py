@@ -24,6 +24,7 @@ from hopkit._torch.autograd import (
 from hopkit._torch.checkpoint import uncounted
 from hopkit._torch.library import raises_when_run
 from hopkit._torch.partition import OutsideError
+from hopkit._torch.random import repeatable
 from hopkit._torch.state import foreseeing, recording_ahead
 from hopkit._torch.structured import Unstructured, compiling
 from hopkit.call import Call
@@ -50,6 +51,7 @@ __all__ = [
     "raise_in_backward",
     "raises_when_run",
     "recording_ahead",
+    "repeatable",
     "uncounted",
     "versions",
 ]

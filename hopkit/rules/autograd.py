@@ -34,6 +34,7 @@ from hopkit.extend.autograd import (
     raise_in_backward,
     raises_when_run,
     recording_ahead,
+    repeatable,
     uncounted,
     versions,
 )
@@ -61,6 +62,14 @@ def derive(call: Call) -> object:
         except OutsideError:
             return call.run()  # autograd sees the body instead
     hidden = "" if call.layout is None else call.unseen
+    draws = bool(hidden) and not call.lost  # and nothing else is the matter
+    decides = call.op.outputs is not None and call.layout is not None
+    if decides and not call.whole and (draws or not hidden) and compiling():
+        with contextlib.suppress(Unstructured):
+            return call.inlined(call.run)  # each of its steps has a derivative that Inductor knows
+    if decides and draws and repeatable():
+        with uncounted():
+            return apply(Drawn(call), call.inputs)
     if hidden and (call.op.outputs is not None or call.op.effectful):
         raise AutogradError(
             f"op '{call.op.name}'",
@@ -68,9 +77,6 @@ def derive(call: Call) -> object:
             why="backward would run the body again, and its body cannot be recorded in its place",
             todo='Write its derivative (`@op.rule("autograd")`), or record it under torch.no_grad()',
         )
-    if call.op.outputs is not None and call.layout is not None and not call.whole and compiling():
-        with contextlib.suppress(Unstructured):
-            return call.inlined(call.run)  # each of its steps has a derivative that Inductor knows
     if hidden and torch.compiler.is_exporting():  # its node is there already
         return apply(Untold(call, hidden), call.inputs)
     if hidden or call.layout is None:
@@ -125,14 +131,31 @@ class Derived(Step):
         sources = self._call.rehearsal.sources
         reached = range(len(saved)) if sources is None else {source for i in given for source in sources[i]}
         wrt = [i for i, value in enumerate(self._call.inputs) if needs(value) and i in reached]
-        results: list[torch.Tensor | None] = [None] * len(saved)
+        results: list[torch.Tensor | None] = [None] * len(self._call.inputs)
         if not wrt:
             return results
-        found = self._call.replace(inputs=saved).vjp(wrt, given, [gradients[i] for i in given])()
+        found = self._again(saved).vjp(wrt, given, [gradients[i] for i in given])()
         assert isinstance(found, tuple)
         for i, gradient in zip(wrt, found, strict=True):
             results[i] = gradient
         return results
+
+    def _again(self, saved: tuple[object, ...]) -> Call:
+        return self._call.replace(inputs=saved)
+
+
+class Drawn(Derived):
+    """The op as one step of the tape, where it draws random numbers: backward draws the same."""
+
+    def forward(self, inputs: tuple[object, ...]) -> tuple[tuple[object, ...], tuple[object, ...]]:
+        """The op, and the states of the generators before."""
+        outputs = below(self._call.replace(inputs=inputs).drawing())
+        assert isinstance(outputs, tuple)
+        count = len(outputs) - len(self._call.random)
+        return outputs[:count], (*inputs, *outputs[count:])
+
+    def _again(self, saved: tuple[object, ...]) -> Call:
+        return self._call.redrawn(saved)
 
 
 class Untold(Derived):

@@ -42,7 +42,7 @@ def predicate(who: str, value: T) -> T:
             why="one way is gone, so one element decides",
             todo="Reduce it, such as by `.all()` or `.any()`; to choose for each element, use torch.where",
         )
-    return cast("T", value.reshape(()))
+    return cast("T", value.reshape(())) if value.dim() else value
 
 
 def alike(op: str, name: str, got: T, other: str, want: object) -> T:
@@ -115,8 +115,20 @@ def _code(function: Callable[..., object]) -> object:
 
 
 def start(carry: T) -> T:
-    """A state to begin with. A number becomes a tensor: one graph is for all of its values."""
-    return map_leaves(number, carry)
+    """A state to begin with. A number becomes a tensor: one graph is for all of its values.
+
+    A tensor that is there twice becomes two, for after a step it is.
+    """
+    seen: list[object] = []
+
+    def first(leaf: object) -> object:
+        leaf = number(leaf)
+        if isinstance(leaf, torch.Tensor) and any(leaf is other for other in seen):
+            return leaf.view_as(leaf)
+        seen.append(leaf)
+        return leaf
+
+    return map_leaves(first, carry)
 
 
 def number(value: object) -> object:
@@ -134,7 +146,7 @@ def called(op: str, name: str, function: Callable[..., T], *args: object) -> T:
     """
     if is_recorded(function):
         return function(*args)
-    given = leaves(list(args))
+    given = leaves(args)
     before = versions(given)
     result = function(*args)
     if versions(given) != before:
