@@ -10,12 +10,14 @@ from typing import NoReturn, cast
 import torch
 
 from hopkit._torch import levels, random, sizes, trees
+from hopkit._torch.autograd import needs_gradient
 from hopkit._torch.fakes import autograd_on, copied, unhooked, zeros_of_stand_ins
 from hopkit._torch.sizes import Equal
 from hopkit._torch.state import before_dispatch, forward_mode
+from hopkit._torch.tracing import draws_for_backward
 from hopkit._torch.watch import beyond
 from hopkit.codec import Slot
-from hopkit.errors import LayoutError, RuleError, SignatureError
+from hopkit.errors import AutogradError, LayoutError, RuleError, SignatureError
 from hopkit.layout import DRAWING, FUNCTIONAL, REDRAWN, REGION, Layout, Variant, arguments, fill
 from hopkit.spec import Kind, OpSpec
 
@@ -181,6 +183,13 @@ def flat(
         return given or NOTHING
 
     def part(inputs: Sequence[object]) -> tuple[object, ...]:
+        if needs_gradient(inputs) and draws_for_backward(graphs[0]):
+            raise AutogradError(
+                f"op '{spec.name}'",
+                "draws random numbers and trains, inside what trains by running again, or a second time",
+                why="its backward has what it drew, and no derivative",
+                todo="Record the body in its place, `hopkit.decompose(op)`",
+            )
         return tuple(cast("Sequence[object]", sizes.readable(graphs[0])(*inputs)))
 
     result: Flat = run

@@ -189,10 +189,19 @@ def _tidy(graph: GraphModule) -> None:
 
 def draws(graph: object) -> bool:
     """Whether this is a graph in which random numbers are drawn, in a graph that it has, too."""
-    modules = [m for m in graph.modules() if isinstance(m, GraphModule)] if isinstance(graph, GraphModule) else []
-    targets = {node.target for module in modules for node in module.graph.nodes if node.op == "call_function"}
+    targets = _targets(graph)
     tags = (target.tags for target in targets if isinstance(target, torch._ops.OpOverload))
     return run_and_save_rng_state in targets or any(torch.Tag.nondeterministic_seeded in known for known in tags)
+
+
+def draws_for_backward(graph: object) -> bool:
+    """Whether this is a graph, or has one, that AOTAutograd made to train: it gives states, and has no derivative."""
+    return run_and_save_rng_state in _targets(graph)
+
+
+def _targets(graph: object) -> set[object]:
+    modules = [m for m in graph.modules() if isinstance(m, GraphModule)] if isinstance(graph, GraphModule) else []
+    return {node.target for module in modules for node in module.graph.nodes if node.op == "call_function"}
 
 
 # Above autograd a tracer writes down how a level of a transform begins and ends.

@@ -105,14 +105,6 @@ def test_sizes_that_change(function: Function) -> None:
         assert_close(compared(compiled, x, W, training=True), compared(function, x, W, training=True))
 
 
-def test_random_numbers_of_a_branch_are_not_drawn_again() -> None:
-    torch.compiler.reset()
-    run = torch.compile(lambda x: cond(x.sum() > 0, torch.nn.functional.dropout, torch.cos, (x,)), fullgraph=True)
-    assert run(X).count_nonzero() <= X.numel()
-    with pytest.raises(Exception, match="cannot be recorded for training: it draws random numbers"):
-        run(X.clone().requires_grad_())
-
-
 def test_a_package_decides_and_loops(tmp_path: Path) -> None:
     class Model(torch.nn.Module):
         def forward(self, x: Tensor) -> Any:

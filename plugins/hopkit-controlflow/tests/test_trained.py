@@ -6,11 +6,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hopkit_controlflow import associative_scan, cond, fori_loop, map, scan, switch, while_loop
+from functorch.compile import aot_function, nop  # type: ignore[import-untyped] # torch's own
+from hopkit_controlflow import associative_scan, checkpoint, cond, fori_loop, map, scan, switch, while_loop
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.functional import dropout
 from torch.testing import assert_close
+
+import hopkit
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning"),  # torch 2.13, of its own pytrees
@@ -211,3 +214,20 @@ def test_autocast_in_backward_is_that_of_plain_code(op: str) -> None:
         assert_close(value, expected, rtol=1e-2, atol=1e-2)  # of a sum over steps the order may be another
     exact = gradients(lambda *args: _plain(*args).float(), compiled=False)
     assert torch.equal(got[0].float(), exact[0].float())
+
+
+def test_a_part_that_trains_and_draws_within_control_flow_is_refused() -> None:
+    def dropped(y: Tensor) -> Tensor:
+        return dropout(y * W)
+
+    def run(x: Tensor) -> Tensor:
+        result: Tensor = cond(x.sum() > -9, lambda x: checkpoint(dropped, x), lambda x: x * 2, (x,))
+        return result
+
+    x, _ = inputs()
+    with pytest.raises(hopkit.errors.AutogradError, match="draws random numbers and trains, inside what trains"):
+        aot_function(run, nop)(x)
+    with hopkit.decompose(checkpoint):
+        y = aot_function(run, nop)(x)
+    (slope,) = torch.autograd.grad(y.sum(), x)
+    assert_close(slope, (y != 0) * 2 * W)
