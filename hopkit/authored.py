@@ -14,7 +14,7 @@ from hopkit.codec import Slot
 from hopkit.errors import RuleError
 from hopkit.rule import Decline
 from hopkit.spec import Kind
-from hopkit.transform import Flat, vmap
+from hopkit.transform import NOTHING, Flat, vmap
 
 Rule = Callable[..., object]
 
@@ -39,7 +39,7 @@ def batched(rule: Rule, batch: Batch, call: Call) -> object:
                     f"gave {dim!r} for the batched dimension of {tuple(leaf.shape)}",
                     "give a dimension, or None",
                 )
-        return _chosen(call, "vmap", list(map(batch.wrap, leaves, cast("list[int | None]", given))))
+        return _chosen(call, "vmap", list(map(batch.wrap, leaves, cast("list[int | None]", given)))) or NOTHING
 
 
 def pushed(rule: Rule, level: Tangents, call: Call) -> object:
@@ -73,7 +73,7 @@ def pushed(rule: Rule, level: Tangents, call: Call) -> object:
         found = mapped([*primals, *tangents.values()])
     rest = iter(found[len(told) :])
     outputs = [i for i, is_told in enumerate(told) if is_told]
-    return level.pack(found[: len(told)], {i: cast("torch.Tensor", next(rest)) for i in outputs})
+    return level.pack(found[: len(told)], {i: cast("torch.Tensor", next(rest)) for i in outputs}) or NOTHING
 
 
 def _is_dim(dim: object, tensor: torch.Tensor) -> bool:

@@ -581,6 +581,23 @@ def test_a_rule_for_tangents_gets_a_subgraph_that_closes_over_a_constant() -> No
     same(torch.func.jacfwd(torch.vmap(scaled))(X), torch.func.jacfwd(lambda x: x * T)(X))
 
 
+def test_a_node_that_gives_nothing_but_operands_with_rules() -> None:
+    op = define_once()
+
+    @op.rule("jvp")
+    def tangent(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> Any:
+        return torch.func.jvp(primals[0], primals[1:], tangents[1:])
+
+    @op.rule("vmap")
+    def batched(batch: object, in_dims: Any, body: object, *xs: Tensor) -> Any:
+        return xs[0], in_dims[1]
+
+    graph = record(lambda x: op(lambda y: y, x), T)
+    with forward_ad.dual_level():
+        same(forward_ad.unpack_dual(graph(forward_ad.make_dual(T, T + 1))).tangent, T + 1)
+    same(torch.vmap(graph)(X), X)
+
+
 def test_a_subclass_of_what_asks_for_a_gradient_ahead_of_time() -> None:
     op = define_once()
     op.rule("device")(lambda body, *xs: body(*xs))
