@@ -11,6 +11,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from hopkit._torch.levels import base
 from hopkit._torch.state import before_dispatch, shapes_only, transforms
+from hopkit.errors import AutogradError
 
 
 class _Device(Protocol):
@@ -28,7 +29,11 @@ def repeatable() -> bool:
 
 
 def states(devices: Sequence[str]) -> tuple[torch.Tensor, ...]:
-    """The states of these devices' generators; on stand-ins, what is like them."""
+    """The states of these devices' generators; on stand-ins, what is like them.
+
+    Raises:
+        AutogradError: A graph of torch's operators is recorded.
+    """
     _only_as_a_node()
     found = tuple(map(_state, devices))
     return tuple(torch.empty(len(state), dtype=torch.uint8) for state in found) if shapes_only(()) else found
@@ -36,7 +41,11 @@ def states(devices: Sequence[str]) -> tuple[torch.Tensor, ...]:
 
 @contextlib.contextmanager
 def drawing_from(devices: Sequence[str], states: Sequence[object]) -> Iterator[None]:
-    """Inside, these devices draw what they drew from ``states`` on; afterwards they are as before."""
+    """Inside, these devices draw what they drew from ``states`` on; afterwards they are as before.
+
+    Raises:
+        AutogradError: A graph of torch's operators is recorded.
+    """
     _only_as_a_node()
     if shapes_only(states):
         yield
@@ -52,7 +61,13 @@ def drawing_from(devices: Sequence[str], states: Sequence[object]) -> Iterator[N
 
 
 def _only_as_a_node() -> None:
-    assert get_proxy_mode() is None, "the state of a generator is no matter of a graph of torch's operators"
+    if get_proxy_mode() is not None:
+        raise AutogradError(
+            "what draws random numbers and is trained",
+            "was to be recorded without the op's node",
+            why="backward draws the same from the states of the generators, which no operator of torch's gives",
+            todo="Keep the node, or record call and backward together inside `hopkit.decompose(op)`",
+        )
 
 
 def _state(device: str) -> torch.Tensor:

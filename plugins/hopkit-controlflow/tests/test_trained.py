@@ -231,3 +231,12 @@ def test_a_part_that_trains_and_draws_within_control_flow_is_refused() -> None:
         y = aot_function(run, nop)(x)
     (slope,) = torch.autograd.grad(y.sum(), x)
     assert_close(slope, (y != 0) * 2 * W)
+
+
+def test_what_draws_and_is_trained_is_not_flattened() -> None:
+    def run(x: Tensor, w: Tensor) -> Tensor:
+        return OPS["cond"](drawn, x, w)
+
+    graph = make_fx(lambda x, w: derived(run, x, w))(*inputs())
+    with pytest.raises(hopkit.errors.AutogradError, match="was to be recorded without the op's node"):
+        hopkit.flatten(graph)
