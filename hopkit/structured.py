@@ -15,6 +15,7 @@ import torch
 
 from hopkit._torch import levels, sizes, structured, trees
 from hopkit._torch.autograd import Step, apply, differentiable, needs_gradient
+from hopkit._torch.casts import casting, casts
 from hopkit._torch.fakes import Stage, rehearsing
 from hopkit._torch.functional import memory
 from hopkit._torch.structured import Flat, Unstructured
@@ -77,7 +78,7 @@ class Closed:
     """
 
     def __init__(self, functions: Sequence[Callable[..., object]], args: Sequence[object]) -> None:
-        self._functions, self._casts = functions, structured.casts()
+        self._functions, self._casts = functions, casts()
         # A function around this one may be recorded now, with others in the place of what it closes over.
         self._leaves, self._tree = trees.flatten(replaced(tuple(args)))
         self.operands = tuple(trees.tensors(self._leaves))
@@ -106,7 +107,7 @@ class Closed:
 
         def run(values: Sequence[object]) -> Sequence[object]:
             new = dict(zip(map(id, self._outside), values[count:], strict=True))
-            with self._casts(), Substitute(lambda value: new.get(id(value), value)) as mode:
+            with casting(self._casts), Substitute(lambda value: new.get(id(value), value)) as mode:
                 result = mode.replaced(self._functions[number](*self._arguments(values[:count])))
             return trees.tensors(own(result, [list(values)]))
 

@@ -91,22 +91,6 @@ def trace(run: Flat, values: Sequence[object], *, again: bool = False) -> GraphM
     return graph
 
 
-def casts() -> Callable[[], contextlib.AbstractContextManager[None]]:
-    """Autocast as it is now, to be again where backward computes something anew."""
-    devices = torch._C._autocast_supported_devices()
-    now = [(d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in devices]
-
-    @contextlib.contextmanager
-    def again() -> Iterator[None]:
-        with contextlib.ExitStack() as stack:
-            for device, enabled, dtype in now:
-                if enabled or torch.is_autocast_enabled(device):
-                    stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled))
-            yield
-
-    return again
-
-
 def cond(decides: torch.Tensor, yes: GraphModule, no: GraphModule, inputs: Sequence[object]) -> Tensors:
     """``(yes if decides else no)(*inputs)``, below autograd."""
     with below_autograd():
