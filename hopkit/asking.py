@@ -85,9 +85,12 @@ class Asking:
         )
 
     def declared(self, operands: Sequence[object]) -> bool:
-        """Whether the operands have no values, and ``outputs=`` or a rule for that says what the result is."""
+        """Whether the operands have no values, and ``outputs=`` or a rule for that says what the result is.
+
+        In a graph, what stands for the result would be taken for its values.
+        """
         told = self.spec.outputs is not None or keys.FAKE in self.modes
-        return told and state.shapes_only(trees.leaves(operands))
+        return told and not state.recording() and state.shapes_only(trees.leaves(operands))
 
     def instead(self, body: Function, operands: Sequence[object]) -> Function:
         """``body``, or what takes its place on tensors of a class that a plugin serves."""

@@ -238,8 +238,7 @@ class Op(Generic[P, R]):
             except Unrecordable as reason:
                 reason.report(self.spec)
         known = unrehearsable or (self.spec.stood_for and state.transforming())
-        stands_in = known and self.spec.outputs and not state.recording() and self._asking.declared(operands)
-        if rehearsing() or stands_in:  # in a graph these would be values
+        if rehearsing() or (known and self.spec.outputs and self._asking.declared(operands)):
             return self._in_place(lambda: run_or_examples(self.spec, values), args, kwargs)
         arguments, keywords = self.spec.arguments(values)
         vanished = self.spec.name in _vanished.get()
@@ -430,8 +429,7 @@ class Op(Generic[P, R]):
             return self._stamped(call)()
         self._compare(call.layout)
         with _told():
-            stood_for = self.spec.stood_for and not state.recording() and self._asking.declared(call.inputs)
-            stands_in = rehearsing() or stood_for
+            stands_in = rehearsing() or (self.spec.stood_for and self._asking.declared(call.inputs))
             result = self._in_place(call.like_body if stands_in else call.run, args, kwargs)
         return result if state.quiet() else bound(result, call.inputs)
 
