@@ -44,7 +44,7 @@ OPAQUE: dict[object, str] = {
 }
 
 
-def apart(func: object) -> bool:
+def gives_constant(func: object) -> bool:
     """Whether what ``func`` gives here has no gradient, whatever it is given."""
     return func in _DETACHING or not (torch.is_grad_enabled() or func in ASKED)
 
@@ -90,7 +90,7 @@ class Telling(TorchFunctionMode):
         given = [leaf for leaf in trees.leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         if any(tensor.requires_grad for tensor in given) and func not in ASKED:
             self.reason = OPAQUE.get(func, "") or self.reason
-        return self.constant(result, given) if apart(func) else result
+        return self.constant(result, given) if gives_constant(func) else result
 
     def constant(self, result: T, given: Sequence[torch.Tensor]) -> T:
         """``result``, which is computed from the tensors ``given``, as something that has no gradient."""

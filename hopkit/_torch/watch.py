@@ -18,7 +18,7 @@ from typing_extensions import Self
 
 from hopkit._torch import trees
 from hopkit._torch.autograd import differentiable, versions
-from hopkit._torch.constant import ASKED, OPAQUE, apart, off, without_gradients
+from hopkit._torch.constant import ASKED, OPAQUE, gives_constant, off, without_gradients
 from hopkit._torch.fakes import same_storage
 from hopkit._torch.sizes import SYMBOLIC, Describe, describe, symbols
 from hopkit._torch.stance import out
@@ -48,7 +48,7 @@ class Substitute(TorchFunctionMode):
         self.replace, self._describe = replace, describe
         self.steps: list[tuple[object, ...]] = []
         self._opaque = ""
-        self._apart: list[tuple[torch.Tensor, list[int]]] = []  # what is detached of other memory, and its version then
+        self._detached: list[tuple[torch.Tensor, list[int]]] = []  # of memory from elsewhere, and its version then
         self.compiles = ""  # the name of an operator that would have its functions compiled, with what they close over
 
     def __enter__(self) -> Self:
@@ -83,7 +83,7 @@ class Substitute(TorchFunctionMode):
         else:
             with without_gradients():
                 result = func(*args, **named)
-        if apart(func):
+        if gives_constant(func):
             self._notice(result, [leaf for leaf in trees.leaves((args, named)) if isinstance(leaf, torch.Tensor)])
         return result
 
@@ -93,12 +93,12 @@ class Substitute(TorchFunctionMode):
             if tensor.layout is not torch.strided or tensor.is_nested:
                 self._opaque = "a part of it is detached, which is no dense tensor"
             elif not any(tensor is t for t in given) and any(same_storage(tensor, t) for t in given):
-                self._apart.append((tensor, versions([tensor])))
+                self._detached.append((tensor, versions([tensor])))
 
     @property
     def opaque(self) -> str:
         """Why a graph of what ran inside, with what `Telling` says in it, has other derivatives, or ""."""
-        if any(versions([tensor]) != version for tensor, version in self._apart):
+        if any(versions([tensor]) != version for tensor, version in self._detached):
             return "it writes to what it has detached"
         return self._opaque
 
