@@ -35,6 +35,11 @@ def slope(x: Tensor) -> Tensor:
     return cast("Tensor", torch.func.grad(lambda y: (y.sin() * y).sum())(x))
 
 
+def pushed(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> Any:
+    """A rule for tangents of an op that calls its one subgraph."""
+    return torch.func.jvp(primals[0], primals[1:], tangents[1:])
+
+
 @pytest.mark.parametrize("inside", [slope, torch.vmap(torch.sin)])
 def test_a_subgraph_transforms_what_it_closes_over(inside: Callable[[Tensor], Tensor]) -> None:
     op = define_once()
@@ -543,10 +548,7 @@ def test_a_mode_that_takes_ops_whole_sees_a_subclass_in_inference_mode() -> None
 
 def test_an_op_with_a_rule_for_tangents_is_functionalized() -> None:
     op = define_once()
-
-    @op.rule("jvp")
-    def rule(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> Any:
-        return torch.func.jvp(primals[0], primals[1:], tangents[1:])
+    op.rule("jvp")(pushed)
 
     same(torch.func.functionalize(lambda x: op(torch.sin, x), remove="mutations_and_views")(T), T.sin())
     with forward_ad.dual_level():
@@ -557,10 +559,7 @@ def test_an_op_with_a_rule_for_tangents_is_functionalized() -> None:
 
 def test_a_rule_for_tangents_is_not_asked_where_there_is_none() -> None:
     op = define_once()
-
-    @op.rule("jvp")
-    def rule(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> Any:
-        return torch.func.jvp(primals[0], primals[1:], tangents[1:])
+    op.rule("jvp")(pushed)
 
     def inside(t: Tensor) -> Tensor:
         return cast("Tensor", record(lambda x: op(torch.sin, x), X)(X)) * t
@@ -570,10 +569,7 @@ def test_a_rule_for_tangents_is_not_asked_where_there_is_none() -> None:
 
 def test_a_rule_for_tangents_gets_a_subgraph_that_closes_over_a_constant() -> None:
     op = define_once()
-
-    @op.rule("jvp")
-    def rule(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> Any:
-        return torch.func.jvp(primals[0], primals[1:], tangents[1:])
+    op.rule("jvp")(pushed)
 
     def scaled(x: Tensor) -> Tensor:
         return op(lambda y: y * T, x)
@@ -583,10 +579,7 @@ def test_a_rule_for_tangents_gets_a_subgraph_that_closes_over_a_constant() -> No
 
 def test_a_node_that_gives_nothing_but_operands_with_rules() -> None:
     op = define_once()
-
-    @op.rule("jvp")
-    def tangent(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> Any:
-        return torch.func.jvp(primals[0], primals[1:], tangents[1:])
+    op.rule("jvp")(pushed)
 
     @op.rule("vmap")
     def batched(batch: object, in_dims: Any, body: object, *xs: Tensor) -> Any:
