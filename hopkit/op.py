@@ -21,6 +21,7 @@ from hopkit._torch.constant import outcome
 from hopkit._torch.fakes import bound, effectless, rehearsing
 from hopkit._torch.operator import Operator
 from hopkit._torch.operator import Place as TorchPlace
+from hopkit._torch.read import Instead
 from hopkit._torch.tracing import gradients_changed
 from hopkit._torch.watch import replaced
 from hopkit.asking import Asking, asking
@@ -392,8 +393,8 @@ class Op(Generic[P, R]):
 
     def _read(self, /, *args: P.args, **kwargs: P.kwargs) -> R:
         # Dynamo guards on what it has to read: compiled code is for this revision of the rules alone.
-        result = self.operator(*args, **kwargs) if self.revision else NotImplemented
-        return self._body(*args, **kwargs) if result is NotImplemented else cast("R", result)
+        result = self.operator(*args, **kwargs) if self.revision else Instead.BODY
+        return self._body(*args, **kwargs) if result is Instead.BODY else cast("R", result)
 
     def _read_call(self, frame: Frame) -> object:
         if self._load is not None:

@@ -17,7 +17,7 @@ import hopkit
 from hopkit import Subgraph
 from hopkit._torch import trees
 from hopkit._torch.sizes import Equal, new_environment
-from tests.modes import Boxed, Passing
+from tests.modes import Boxed, Looking, Passing
 from tests.recording import define_once, define_twice, nodes, record, same
 
 pytestmark = [
@@ -626,3 +626,15 @@ def test_the_tangent_of_a_part_of_a_tensor_ahead_of_time() -> None:
 
     part = X.flatten()[:3]
     same(aot_function(tangent(nested), fw_compiler=nop)(part), list(tangent(plain)(part)))
+
+
+def test_what_dynamo_reads_in_place_under_a_torch_function_mode() -> None:
+    op = define_once()
+
+    def run(x: Tensor) -> Tensor:
+        with Looking():
+            return cast("Tensor", torch.func.grad(lambda y: op(torch.vmap(torch.sin), y).sum())(x))
+
+    with pytest.warns(hopkit.HopkitWarning, match="is not kept in the graph"):
+        result = torch.compile(run, fullgraph=True, backend="eager")(X)
+    same(result, X.cos())

@@ -36,7 +36,7 @@ from torch.utils import _pytree as pytree
 from hopkit._torch import alike, equal, likeness, sizes, trees
 from hopkit._torch.autograd import computed
 from hopkit._torch.fakes import FakeMode, left, like, run_in_mode, stand_in
-from hopkit._torch.read import Read, drop_decided, identity
+from hopkit._torch.read import Instead, Read, drop_decided, identity
 
 GraphBreak: TypeAlias = Unsupported
 Variable: TypeAlias = VariableTracker
@@ -355,7 +355,7 @@ class Frame:
             self.refuse("a call that must be a node", self.needed)
         if self.flat:
             self.refuse("a node of a graph", NotImplementedError("It can be read as a node alone, under no transform."))
-        return self._constant(NotImplemented)
+        return self._constant(Instead.BODY)
 
     def _made(self, inputs: Sequence[object]) -> tuple[tuple[int, int], ...]:
         """Sizes that nobody knows before the op has run, and that Dynamo has not seen yet."""

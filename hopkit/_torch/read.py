@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import cast
 
@@ -10,6 +11,12 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from hopkit._torch import sizes, trees
+
+
+class Instead(enum.Enum):
+    """What Dynamo reads for a call that is no node. Not NotImplemented: a torch-function mode would take it for its."""
+
+    BODY = "the op's body is to be read in its place"
 
 
 @dataclasses.dataclass(frozen=True)
