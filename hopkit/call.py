@@ -28,7 +28,10 @@ from hopkit.spec import Kind, OpSpec
 GraphLike = Callable[..., object]
 
 MOST_INLINED = 200
-"""So many operators Inductor gets one after the other, and fuses them; of more it gets a loop, or a call."""
+"""So many operators Inductor gets one after the other, and fuses them; of more it gets a call."""
+
+MOST_UNROLLED = 64
+"""So many it gets where the trips of a loop are among them: each of them takes its time to compile."""
 
 
 class Target(Protocol):
@@ -359,20 +362,20 @@ class Call:
         """
         if self.layout is not None and any(name in (DRAWING, REDRAWN) for name, *_ in self.layout.transforms):
             raise Unstructured("no operator of torch's is the state of a generator")
-        for around in (contextlib.nullcontext, loops_stay):
+        for around, most in ((contextlib.nullcontext, MOST_UNROLLED), (loops_stay, MOST_INLINED)):
             with around():
-                if self._takes_few():
+                if self._takes_few(most):
                     return run()
         raise Unstructured(f"op '{self.op.name}' takes too many operators, or needs values")
 
-    def _takes_few(self) -> bool:
+    def _takes_few(self, most: int) -> bool:
         if self.op.effectful:
             return False
         stage, count = Stage(self.inputs), Count()
 
         def inside(graph: GraphLike) -> GraphLike:
             def run(*inputs: object) -> object:
-                if count.operators > MOST_INLINED:  # said here, where an error is sure to arrive
+                if count.operators > most:  # said here, where an error is sure to arrive
                     raise OverflowError
                 with Substitute(stage.stand_in):
                     return sizes.readable(graph)(*inputs)
@@ -386,7 +389,7 @@ class Call:
                     call.run()
             except Exception:  # too many, or one that needs a value
                 return False
-        return count.operators <= MOST_INLINED
+        return count.operators <= most
 
     @functools.cached_property
     def rehearsal(self) -> Rehearsal:

@@ -20,8 +20,9 @@ from torch._dynamo.output_graph import SubgraphTracer
 from torch._dynamo.symbolic_convert import InstructionTranslatorBase
 from torch._dynamo.utils import _make_inlined, unpack_iterable
 from torch._dynamo.variables import (
-    ConstDictVariable,
+    ConstantVariable,
     LazyVariableTracker,
+    ListVariable,
     SymNodeVariable,
     TensorVariable,
     TupleVariable,
@@ -132,6 +133,11 @@ class Frame:
             return tuple(map(self.value, given))
         if not isinstance(given, Variable):
             return given
+        given = cast("Variable", LazyVariableTracker.realize_all(given))
+        if isinstance(given, _LEAVES):
+            return self._leaf(given)
+        if type(given) in (TupleVariable, ListVariable):  # of torch's pytree Dynamo would guard on all that it reads
+            return given.python_type()(map(self.value, self.items(given)))
         leaves, tree = unpack_iterable(self._tx, _make_inlined(self._tx, pytree.tree_flatten)(given))
         return trees.unflatten(map(self._leaf, unpack_iterable(self._tx, leaves)), tree.as_python_constant())
 
@@ -146,18 +152,7 @@ class Frame:
 
     def unflatten(self, leaves: Sequence[object], tree: trees.Tree) -> Variable:
         """The pytree of these leaves, each a variable, a value that `value` gave, or a constant."""
-        return self._unflatten(iter([self._variable(leaf) for leaf in leaves]), tree)
-
-    def _unflatten(self, leaves: Iterator[Variable], tree: trees.Tree) -> Variable:
-        if not trees.has_named_tuple(tree):
-            variables = self._constant([next(leaves) for _ in range(tree.num_leaves)])
-            return _make_inlined(self._tx, pytree.tree_unflatten)(variables, self._constant(tree))
-        # Dynamo does not find what torch knows of named tuples, and makes them as code does.
-        children = [self._unflatten(leaves, child) for child in tree.children()]
-        if trees.is_named_tuple(tree):
-            return self._constant(tree.context).call_function(self._tx, children, {})
-        level = trees.one_level(tree)
-        return _make_inlined(self._tx, pytree.tree_unflatten)(self._constant(children), self._constant(level))
+        return _unflatten(self._tx, iter([self._variable(leaf) for leaf in leaves]), tree)
 
     def option(self, given: object) -> object:
         """The value of a constant; a symbolic size in it is fixed, with a guard.
@@ -391,6 +386,20 @@ class Frame:
         return wrap_fx_proxy(self._tx, self._proxies[identity(leaf)], example_value=leaf)
 
 
+def _unflatten(tx: InstructionTranslatorBase, leaves: Iterator[Variable], tree: trees.Tree) -> Variable:
+    """The next leaves as this pytree. Of torch's own code for it, Dynamo would guard on all that it reads."""
+    if tree.is_leaf():
+        return next(leaves)
+    children = [_unflatten(tx, leaves, child) for child in tree.children()]
+    if tree.type in (tuple, list):
+        return SourcelessBuilder.create(tx, cast("list[object]", tree.type(children)))
+    # Dynamo does not find what torch knows of named tuples, and makes them as code does.
+    if trees.is_named_tuple(tree):
+        return SourcelessBuilder.create(tx, tree.context).call_function(tx, children, {})
+    level = SourcelessBuilder.create(tx, trees.one_level(tree))
+    return _make_inlined(tx, pytree.tree_unflatten)(SourcelessBuilder.create(tx, children), level)
+
+
 def _attribute(value: object, name: str) -> object:
     """Dynamo reads this, as it would read any code that asks for an attribute."""
     return getattr(value, name)
@@ -418,17 +427,18 @@ class _Call(VariableTracker):
     ) -> Variable:
         """The subgraph's result."""
         inputs = args[self._skip :]
-        leaves = [inputs[leaf] if isinstance(leaf, int) else leaf for leaf in self._leaves]
-        tree = SourcelessBuilder.create(tx, self._tree)
-        pair = _make_inlined(tx, pytree.tree_unflatten)(SourcelessBuilder.create(tx, leaves), tree)
-        arguments, keywords = unpack_iterable(tx, pair)
-        named = {key.vt.as_python_constant(): value for key, value in cast("ConstDictVariable", keywords).items.items()}
-        positional = unpack_iterable(tx, arguments)
+        leaves = iter([inputs[leaf] if isinstance(leaf, int) else leaf for leaf in self._leaves])
+        arguments, keywords = self._tree.children()
+        positional = [_unflatten(tx, leaves, child) for child in arguments.children()]
+        named = {
+            key: _unflatten(tx, leaves, child) for key, child in zip(keywords.context, keywords.children(), strict=True)
+        }
         with self._of.looking() if self._of else contextlib.nullcontext():
             return self._subgraph.call_function(tx, positional, named)
 
 
 _INPUTS = (torch.Tensor, *sizes.SYMBOLIC)
+_LEAVES = (TensorVariable, SymNodeVariable, ConstantVariable)
 
 _equal: weakref.WeakKeyDictionary[TracingContext, dict[object, tuple[str, GraphModule]]] = weakref.WeakKeyDictionary()
 

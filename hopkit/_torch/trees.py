@@ -56,11 +56,6 @@ def is_named_tuple(tree: Tree) -> bool:
     return pytree.is_namedtuple_class(tree.context)
 
 
-def has_named_tuple(tree: Tree) -> bool:
-    """Whether there is a named tuple in a structure."""
-    return is_named_tuple(tree) or any(map(has_named_tuple, tree.children()))
-
-
 def one_level(tree: Tree) -> Tree:
     """A structure whose children are leaves."""
     children = [object() for _ in tree.children()]
