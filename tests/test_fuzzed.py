@@ -187,6 +187,19 @@ def test_export_of_a_derivative_that_is_written_by_hand_in_a_subgraph() -> None:
         torch.export.export(Slope(), (T,), strict=False)
 
 
+def test_a_derivative_that_is_written_by_hand_is_no_reason_for_none_in_an_exported_program() -> None:
+    # Where torch runs the forward of an autograd.Function gradients are off, and yet what comes out has one.
+    op = define_once()
+
+    class Model(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return op(tenfold, x)
+
+    leaf = T.clone().requires_grad_()
+    program = torch.export.export(Model(), (leaf,), strict=False)
+    assert program.module()(leaf).requires_grad
+
+
 @pytest.mark.parametrize("strict", [False, True])
 def test_an_op_under_no_grad_in_an_exported_model(strict: bool) -> None:
     op = define_once()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import FrameType
 from typing import TypeVar, cast
 
 import torch
@@ -17,6 +19,8 @@ from hopkit._torch.autograd import differentiable
 from hopkit._torch.library import CONSTANT, detached, without_gradient
 
 T = TypeVar("T")
+
+_APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined] # a class method in Python
 
 ASKED = (torch.Tensor.requires_grad.__get__, torch.Tensor.is_leaf.__get__)  # type: ignore[attr-defined] # properties
 
@@ -78,6 +82,16 @@ class Telling(TorchFunctionMode):
         super().__init__()
         self.reason = ""  # what the graph does not tell
         self._constant = WeakTensorKeyDictionary()
+        self._around: FrameType | None = None
+
+    def __enter__(self) -> Telling:
+        self._around = sys._getframe(1)
+        super().__enter__()  # type: ignore[no-untyped-call] # torch's own
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call] # torch's own
+        self._around = None
 
     def __torch_function__(
         self,
@@ -94,6 +108,8 @@ class Telling(TorchFunctionMode):
 
     def constant(self, result: T, given: Sequence[torch.Tensor]) -> T:
         """``result``, which is computed from the tensors ``given``, as something that has no gradient."""
+        if self._by_hand():
+            return result
         known = all(tensor in self._constant or not differentiable(tensor) for tensor in given)
 
         def told(leaf: object) -> object:
@@ -105,6 +121,15 @@ class Telling(TorchFunctionMode):
             return constant
 
         return trees.map_leaves(told, result)
+
+    def _by_hand(self) -> bool:
+        """Whether a `torch.autograd.Function` computes this. It is torch that has turned gradients off there."""
+        frame: FrameType | None = sys._getframe(1)
+        while frame and frame is not self._around:
+            if frame.f_code is _APPLY:
+                return True
+            frame = frame.f_back
+        return False
 
 
 def _constant_of(tensor: torch.Tensor) -> torch.Tensor:

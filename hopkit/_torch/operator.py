@@ -13,7 +13,7 @@ from torch._ops import HigherOrderOperator, _higher_order_ops
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hopkit._torch import dynamo, levels, state, trees
-from hopkit.errors import AutogradError, RuleError
+from hopkit.errors import AutogradError, CallError, RuleError
 
 if TYPE_CHECKING:
     from hopkit._torch.frame import Frame
@@ -65,6 +65,13 @@ class Operator(HigherOrderOperator):
                 "was called on a batch of torch's old vmap, which `is_grads_batched=True` is made of",
                 why="that vmap knows operators of ATen alone",
                 todo="Batch it with `torch.func`: `torch.vmap` of what `torch.func.vjp` gives",
+            )
+        if dispatch_key == DispatchKey.FuncTorchBatched:
+            raise CallError(
+                f"op '{self.__name__}'",
+                "got a batch of a `torch.vmap` that is over, as what a checkpoint inside it computes again in backward",
+                why="nobody batches what is computed of it, in torch either",
+                todo="Put the checkpoint around the vmap, or differentiate inside it",
             )
         if dispatch_key == DispatchKey.FuncTorchGradWrapper:  # operators of ATen take what has outlived its level, too
             return self.redispatch(*cast("tuple[object, ...]", trees.map_tensors(levels.living, args)), **kwargs)
