@@ -112,6 +112,7 @@ class Op(Generic[P, R]):
         self.operator = Operator(
             spec.name, self._enter_flat, self._run_flat, self._schema, self._read_call, self._digest, layout.KEYWORD
         )
+        self.operator.decides = spec.stood_for
         if spec.effectful or spec.mutates:
             torch.fx.node.has_side_effect(self.operator)
         self.author: list[Answer] = []

@@ -15,7 +15,12 @@ import torch
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils import checkpoint
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import CheckpointPolicy, SelectiveCheckpointContext, _CachingTorchDispatchMode
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    SelectiveCheckpointContext,
+    _CachedTorchDispatchMode,
+    _CachingTorchDispatchMode,
+)
 
 from hopkit._torch import trees
 from hopkit._torch.autograd import needs_gradient
@@ -70,6 +75,22 @@ def _one_word(
         yield
     finally:
         mode.policy_fn = policy
+
+
+@contextlib.contextmanager
+def taken_whole() -> Iterator[None]:
+    """Inside, a checkpoint around this takes operators on functions as any other: what they decide, it cannot see.
+
+    torch's own have no rule for it (2.13, 2.14), and a compiled checkpoint is one with a policy.
+    """
+    modes = [m for m in dispatch_modes() if isinstance(m, (_CachingTorchDispatchMode, _CachedTorchDispatchMode))]
+    for mode in modes:
+        mode.supports_higher_order_operators = True
+    try:
+        yield
+    finally:
+        for mode in modes:
+            vars(mode).pop("supports_higher_order_operators", None)
 
 
 def computed_again(function: Callable[..., T], *args: object) -> T:

@@ -12,7 +12,7 @@ from torch._C._functorch import TransformType
 from torch._ops import HigherOrderOperator, _higher_order_ops
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hopkit._torch import dynamo, levels, state, trees
+from hopkit._torch import checkpoint, dynamo, levels, state, trees
 from hopkit.errors import AutogradError, CallError, RuleError
 
 if TYPE_CHECKING:
@@ -29,6 +29,8 @@ _UNNAMED = "???"
 
 class Operator(HigherOrderOperator):
     """One op, as torch sees it. What answers under which key is a table that hopkit writes."""
+
+    decides = False  # whether the body decides on values, and cannot be looked into where there are none
 
     def __init__(
         self,
@@ -77,10 +79,17 @@ class Operator(HigherOrderOperator):
             return self.redispatch(*cast("tuple[object, ...]", trees.map_tensors(levels.living, args)), **kwargs)
         if dispatch_key != DispatchKey.Python:
             return super().dispatch(dispatch_key, *args, **kwargs)  # type: ignore[no-untyped-call] # torch's own
+        if self.decides and (state.recording() or state.functionalizing()):
+            with checkpoint.taken_whole():
+                return self._python(*args, **kwargs)
+        return self._python(*args, **kwargs)
+
+    def _python(self, /, *args: object, **kwargs: object) -> object:
+        """What a dispatch mode or a tensor subclass gives, or the inside of the op if they take no operator whole."""
         if not self._has_python(args):
             return self._run(*args, **kwargs)
         who = next((type(mode).__qualname__ for mode in state.dispatch_modes()), "a tensor subclass")
-        result = super().dispatch(dispatch_key, *args, **kwargs)  # type: ignore[no-untyped-call] # torch's own
+        result = super().dispatch(DispatchKey.Python, *args, **kwargs)  # type: ignore[no-untyped-call] # torch's own
         if result is NotImplemented or (self._layout in kwargs and not isinstance(result, (tuple, list))):
             raise RuleError(
                 f"{who}, which takes operators on functions whole,",

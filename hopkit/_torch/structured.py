@@ -18,6 +18,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from hopkit._torch import inductor, levels
 from hopkit._torch.autograd import below_autograd
+from hopkit._torch.checkpoint import taken_whole
 from hopkit._torch.fakes import Stage, unfunctional
 from hopkit._torch.tracing import attribute, draws
 
@@ -91,15 +92,21 @@ def trace(run: Flat, values: Sequence[object], *, again: bool = False) -> GraphM
     return graph
 
 
+@contextlib.contextmanager
+def _apart() -> Iterator[None]:
+    with below_autograd(), taken_whole():
+        yield
+
+
 def cond(decides: torch.Tensor, yes: GraphModule, no: GraphModule, inputs: Sequence[object]) -> Tensors:
     """``(yes if decides else no)(*inputs)``, below autograd."""
-    with below_autograd():
+    with _apart():
         return cast("Tensors", torch.ops.higher_order.cond(decides, yes, no, tuple(inputs)))
 
 
 def while_loop(going: GraphModule, step: GraphModule, state: Sequence[object], captured: Sequence[object]) -> Tensors:
     """The last state, below autograd. Both graphs take the state and then what is captured."""
-    with below_autograd():
+    with _apart():
         return cast("Tensors", torch.ops.higher_order.while_loop(going, step, tuple(state), tuple(captured)))
 
 
@@ -107,7 +114,7 @@ def while_stacked(
     going: GraphModule, step: GraphModule, state: Sequence[object], captured: Sequence[object]
 ) -> Tensors:
     """As `while_loop`, for all states after a step, stacked. Without a step: the state, as a stack of one."""
-    with below_autograd():
+    with _apart():
         stacks = torch.ops.higher_order.while_loop_stack_output(going, step, tuple(state), tuple(captured))
     count = stacks[0].shape[0]
     if isinstance(count, torch.SymInt):
@@ -120,7 +127,7 @@ def while_stacked(
 
 def scan(step: GraphModule, carry: Sequence[object], xs: Sequence[torch.Tensor], captured: Sequence[object]) -> Tensors:
     """The last carry, and what every step gives besides, stacked; below autograd."""
-    with below_autograd():
+    with _apart():
         first, along, others = (list(map(_computed, values)) for values in (carry, xs, captured))
         return tuple(torch.ops.higher_order.scan(step, first, along, tuple(others)))
 

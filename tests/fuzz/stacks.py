@@ -77,7 +77,9 @@ def floats(value: object) -> list[Tensor]:
 
 def weighed(value: object) -> Tensor:
     """One number of all results, none of which it treats like another."""
-    return torch.stack([(leaf.float() * 0.7 + i).sin().sum() for i, leaf in enumerate(floats(value))]).sum()
+    # Of a tensor without dimensions, torch's tangent of a product with 0.7 is a double.
+    flat = [leaf.float().reshape(-1) for leaf in floats(value)]
+    return torch.stack([(leaf * 0.7 + i).sin().sum() for i, leaf in enumerate(flat)]).sum()
 
 
 def chosen(ts: Sequence[Tensor], mask: int) -> list[int]:

@@ -19,6 +19,8 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint as torchs
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script")  # torch's, of its own code
+
 checkpoint: Any = hopkit_controlflow.checkpoint
 
 X = torch.linspace(-1, 1, 16).reshape(4, 4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.functional import dropout
 from torch.testing import assert_close
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint as torchs
 
 import hopkit
 
@@ -240,3 +243,34 @@ def test_what_draws_and_is_trained_is_not_flattened() -> None:
     graph = make_fx(lambda x, w: derived(run, x, w))(*inputs())
     with pytest.raises(hopkit.errors.AutogradError, match="was to be recorded without the op's node"):
         hopkit.flatten(graph)
+
+
+def _saved(*_: object, **__: object) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE
+
+
+@pytest.mark.filterwarnings("ignore:.*context_fn is passed")  # torch's own word on every policy that is compiled
+@pytest.mark.parametrize(
+    ("op", "policy", "backend"),
+    [
+        *((op, policy, "aot_eager") for op in ("cond", "while_loop", "scan") for policy in (None, _saved)),
+        ("cond", None, "inductor"),
+        ("while_loop", _saved, "inductor"),
+    ],
+)
+def test_in_a_checkpoint_that_is_compiled(op: str, policy: Callable[..., object] | None, backend: str) -> None:
+    # torch's own have no rule for it, and an op that decides on values cannot be looked into.
+    chosen: dict[str, Any] = {}
+    if policy:
+        chosen["context_fn"] = lambda: create_selective_checkpoint_contexts(policy)
+
+    def run(x: Tensor, w: Tensor) -> Tensor:
+        y: Tensor = torchs(lambda x: OPS[op](detached, x.sin(), w), x, use_reentrant=False, **chosen)
+        return y.cos()
+
+    torch.compiler.reset()
+    compiled = torch.compile(run, backend=backend, fullgraph=True)
+    for sign in (1, -20):
+        x, w = inputs()
+        x = (x.detach() * sign).requires_grad_()
+        assert_close(derived(compiled, x, w), derived(run, x, w))
