@@ -1,6 +1,7 @@
 """Helpers are imported (``tests.samples``), and fixtures are those of hopkit's pytest plugin; here is what has no name.
 
-Nothing that an earlier run compiled is taken from torch's caches: it was made by another hopkit.
+Nothing that an earlier run compiled is taken from torch's caches: it was made by another hopkit. No test starts a
+compiler of hopkit's own, or writes to the user's cache, but those that are about that.
 """
 
 from __future__ import annotations
@@ -20,4 +21,5 @@ gc.set_threshold(50_000)  # at 700, a tenth of the time goes into looking throug
 def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor")))
+        patch.setenv("HOPKIT_NATIVE", "0")
         yield

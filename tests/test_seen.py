@@ -1,8 +1,9 @@
-"""Whether tensors are as they were."""
+"""Whether tensors are as they were: looked at in Python, and in C++."""
 
 from __future__ import annotations
 
 import gc
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
@@ -11,8 +12,30 @@ import torch
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from hopkit._torch import seen as looks
 from hopkit._torch.fakes import FakeMode
+from hopkit._torch.native import Native
 from hopkit.extend.device import Seen
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Native:
+    if shutil.which("g++") is None:
+        pytest.skip("no compiler")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.delenv("HOPKIT_NATIVE")
+        native = Native("seen")
+        native.build()
+        native.ask()
+    assert native.module is not None
+    return native
+
+
+@pytest.fixture(params=["Python", "C++"], autouse=True)
+def _look(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    native = request.getfixturevalue("built") if request.param == "C++" else Native("seen")
+    monkeypatch.setattr(looks, "NATIVE", native)
 
 
 def _write(t: Tensor) -> None:
@@ -50,6 +73,10 @@ def _away(t: Tensor) -> None:
 
 
 CHANGES = [_write, _write_to_a_view, _other_memory, _other_order, _other_sizes, _other_dtype, _thaw, _away]
+
+
+in_python = pytest.mark.parametrize("_look", ["Python"], indirect=True)
+in_cpp = pytest.mark.parametrize("_look", ["C++"], indirect=True)
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -151,4 +178,68 @@ def test_what_is_gone_is_told() -> None:
     del tensors[0]
     gc.collect()
     assert told == [1]
+    assert not seen.holds(tensors)
+
+
+@in_python
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_was_looked_at_in_python_is_looked_at_in_cpp(
+    change: Callable[[Tensor], None], built: Native, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = tuple(nn.Parameter(torch.rand(3, 3)) for _ in range(looks.MANY))
+    seen, few = Seen(tensors), Seen(tensors[1:])
+    monkeypatch.setattr(looks, "NATIVE", built)
+    before = seen._look
+    assert seen.holds(tensors)
+    assert few.at_rest(tensors[1:])
+    assert seen._look is not before
+    assert isinstance(few._look, looks._InPython)  # too few to be worth it
+    with torch.inference_mode():
+        assert seen.holds(list(tensors))
+    change(tensors[-1])
+    assert not seen.holds(tensors)
+    assert not seen.at_rest(tensors)
+
+
+@in_python
+def test_a_write_before_cpp_looked_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = tuple(torch.rand(3) for _ in range(looks.MANY))
+    seen = Seen(tensors)
+
+    class Late:
+        def seen(self, tensors: tuple[Tensor, ...]) -> Callable[[object], bool]:
+            _write(tensors[0])
+            return lambda _: True
+
+    monkeypatch.setattr(looks.NATIVE, "module", Late())
+    assert seen.holds(tensors)
+    assert not seen.holds(tensors)
+
+
+@in_cpp
+def test_cpp_looks_at_plain_tensors_alone(built: Native) -> None:
+    assert built.module is not None
+    look = built.module.seen
+    with torch.inference_mode():
+        made_there = torch.ones(1)
+    for none in (1, object(), torch.ones(1).untyped_storage(), made_there, torch.ones(1).to_sparse()):
+        with pytest.raises(TypeError):
+            look((none,))
+        assert not look((torch.ones(1),))((none,))
+    with pytest.raises(TypeError):
+        look([])
+    with pytest.raises(TypeError):
+        look(())([])
+
+
+@in_cpp
+def test_subclasses_are_looked_at_in_python() -> None:
+    class Own(Tensor):
+        pass
+
+    tensors = tuple(torch.ones(2).as_subclass(Own) for _ in range(looks.MANY))
+    seen = Seen(tensors)
+    assert seen.holds(tensors)
+    assert seen.holds(tensors)
+    _write(tensors[-1])
     assert not seen.holds(tensors)

@@ -18,6 +18,7 @@ from torch import nn
 from torch.fx import Graph, GraphModule
 
 from hopkit._torch.inductor import set_up
+from hopkit._torch.seen import NATIVE
 from hopkit.extend import table
 from hopkit_constgraph import fold, run_const_graph_once
 from tests.benchmarks.fold_models import Candidate, candidates
@@ -112,6 +113,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
+    NATIVE.ask()
+    if NATIVE.builder is not None:
+        NATIVE.builder.join()
     rows = [row(found) for found in candidates() if chosen.word in found.title]
     print(f"torch {torch.__version__}, {chosen.threads} threads: time of a call, against the model folded by hand\n")
     print(table(HEADER, rows))
