@@ -122,6 +122,7 @@ class Op(Generic[P, R]):
         self._load, self._attach = load, attach
         self._transparent = False
         self._looks = False
+        self._plain_operands = functools.partial(state.ordinary, meta=False)
         self.revision = ""
         self._derives = spec.autograd == "derive"
         self._deferred_error = raise_in_backward(spec.name)
@@ -132,7 +133,7 @@ class Op(Generic[P, R]):
     def __call__(self, /, *args: P.args, **kwargs: P.kwargs) -> R:
         if compiling():  # Dynamo reads this code
             return self._read(*args, **kwargs)
-        quickly = self._transparent and state.quiet() and (not self._looks or state.ordinary((args, kwargs)))
+        quickly = self._transparent and state.quiet() and (not self._looks or self._plain_operands((args, kwargs)))
         if quickly and binding.passes(self._checks, args, kwargs):
             try:
                 result = self._body(*args, **kwargs)
@@ -211,6 +212,7 @@ class Op(Generic[P, R]):
         """Whether calls may take the short cut. Asked once, and not per call."""
         self._transparent = self._load is None and self.spec.autograd != "error" and not self._asking.quietly
         self._looks = self._asking.by_operands
+        self._plain_operands = functools.partial(state.ordinary, meta=keys.FAKE not in self._asking.modes)
 
     # -- the way in, with the author's arguments ---------------------------------------------------------------------
 
@@ -425,7 +427,7 @@ class Op(Generic[P, R]):
         if layout.KEYWORD not in kwargs:  # then these are the author's own arguments
             return cast("AnyOp", self)(*args, **kwargs)
         call = self.decode(*args, **kwargs)
-        quickly = self._transparent and state.quiet() and (not self._looks or state.ordinary(call.inputs))
+        quickly = self._transparent and state.quiet() and (not self._looks or self._plain_operands(call.inputs))
         asked = not quickly and self._asked(call.inputs)
         if asked and not self._untold(lambda: call):
             return self._stamped(call)()

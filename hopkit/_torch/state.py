@@ -168,18 +168,23 @@ def only_device(values: Iterable[object]) -> str:
     return devices.pop() if len(devices) == 1 else ""
 
 
-def ordinary(value: object) -> bool:
-    """Whether the tensors in a pytree are torch's own, with values. What cannot be told quickly is not."""
+def ordinary(value: object, *, meta: bool) -> bool:
+    """Whether the tensors in a pytree are torch's own. What cannot be told quickly is not.
+
+    Args:
+        value: The pytree.
+        meta: Whether those without values are, too.
+    """
     kind = type(value)
     if kind in trees.TENSORS:
-        return not cast("torch.Tensor", value).is_meta
+        return meta or not cast("torch.Tensor", value).is_meta
     if kind is tuple or kind is list:
         items = cast("Sequence[object]", value)
         if trees.TENSORS.issuperset(map(type, items)):
-            return not any(map(_is_meta, items))
-        return all(map(ordinary, items))
+            return meta or not any(map(_is_meta, items))
+        return all(ordinary(item, meta=meta) for item in items)
     if kind is dict:
-        return all(map(ordinary, cast("dict[object, object]", value).values()))
+        return all(ordinary(item, meta=meta) for item in cast("dict[object, object]", value).values())
     return not isinstance(value, torch.Tensor) and not trees.is_node(kind)
 
 
