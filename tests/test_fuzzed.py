@@ -651,3 +651,18 @@ def test_what_dynamo_reads_in_place_under_a_torch_function_mode() -> None:
     with pytest.warns(hopkit.HopkitWarning, match="is not kept in the graph"):
         result = torch.compile(run, fullgraph=True, backend="eager")(X)
     same(result, X.cos())
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # torch's, of copies of views in a batch
+def test_what_is_detached_is_recorded_without_views() -> None:
+    op, scale = define_once(), T.clone().requires_grad_()
+
+    def run(x: Tensor) -> Tensor:
+        without = torch.func.functionalize(
+            lambda x: op(lambda y: (y * scale).detach() * y * scale, x), remove="mutations_and_views"
+        )
+        return cast("Tensor", without(x))
+
+    found, expected = torch.vmap(lambda x: make_fx(run)(x)(x))(X), (X * scale).detach() * X * scale
+    same(found.detach(), expected.detach())
+    same(torch.autograd.grad(found.sum(), scale), torch.autograd.grad(expected.sum(), scale))

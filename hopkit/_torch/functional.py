@@ -21,7 +21,10 @@ from torch._subclasses.functional_tensor import (
     FunctorchFunctionalizeAPI,
     PythonFunctionalizeAPI,
 )
+from torch.overrides import TorchFunctionMode
 
+from hopkit._torch.autograd import differentiable
+from hopkit._torch.library import detached
 from hopkit._torch.operator import Kernel, Key
 
 _inside: contextvars.ContextVar[bool] = contextvars.ContextVar("hopkit.functionalized", default=False)
@@ -86,7 +89,7 @@ def functionalized(
         views: Whether it may have views, whatever ``layer`` says.
     """
     if not by_mode(layer):
-        return torch.func.functionalize(function) if views else layer.functionalize(function)
+        return torch.func.functionalize(function) if views else layer.functionalize(_without_views(function))
 
     def called(*args: object) -> object:
         written: list[int] = []
@@ -107,6 +110,32 @@ def functionalized(
         return tuple(outputs[:count])
 
     return called
+
+
+_DETACHING = frozenset({torch.detach, torch.Tensor.detach, torch.ops.aten.detach.default})
+
+
+class _Copying(TorchFunctionMode):
+    """Detaches by copying. torch's own copy of what it detaches has no derivative, not even none."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., object],
+        types: Sequence[type],
+        args: tuple[object, ...] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
+        if func in _DETACHING and differentiable(args[0]):
+            return detached(cast("torch.Tensor", args[0]))
+        return func(*args, **(kwargs or {}))
+
+
+def _without_views(function: Callable[..., object]) -> Callable[..., object]:
+    def run(*args: object) -> object:
+        with _Copying():
+            return function(*args)
+
+    return run
 
 
 def keeps_views(layer: Functionalizer) -> bool:
