@@ -6,7 +6,7 @@ import contextlib
 import contextvars
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from types import FrameType
+from types import CodeType, FrameType, FunctionType
 from typing import TypeVar, cast
 
 import torch
@@ -19,8 +19,6 @@ from hopkit._torch.autograd import differentiable
 from hopkit._torch.library import CONSTANT, detached, without_gradient
 
 T = TypeVar("T")
-
-_APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined] # a class method in Python
 
 ASKED = (torch.Tensor.requires_grad.__get__, torch.Tensor.is_leaf.__get__)  # type: ignore[attr-defined] # properties
 
@@ -124,12 +122,23 @@ class Telling(TorchFunctionMode):
 
     def _by_hand(self) -> bool:
         """Whether a `torch.autograd.Function` computes this. It is torch that has turned gradients off there."""
-        frame: FrameType | None = sys._getframe(1)
+        inside, frame = set[CodeType](), cast("FrameType | None", sys._getframe(1))
         while frame and frame is not self._around:
-            if frame.f_code is _APPLY:
-                return True
+            inside.add(frame.f_code)
             frame = frame.f_back
-        return False
+        return not inside.isdisjoint(_forwards())
+
+
+def _forwards() -> Iterator[CodeType]:
+    """The code of the forward of every `torch.autograd.Function`, and of what is decorated in it."""
+    pending: list[type] = [torch.autograd.Function]
+    while pending:
+        kind = pending.pop()
+        pending += kind.__subclasses__()
+        function = getattr(kind, "forward", None)
+        while isinstance(function, FunctionType):
+            yield function.__code__
+            function = getattr(function, "__wrapped__", None)
 
 
 def _constant_of(tensor: torch.Tensor) -> torch.Tensor:

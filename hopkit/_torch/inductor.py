@@ -105,18 +105,22 @@ def outlines() -> bool:
 
 
 def keep_inputs() -> None:
-    """Let no region write over its inputs. Call it while Inductor is at work.
+    """Let no graph within a graph write over its inputs. Call it while Inductor is at work.
 
     A graph's backward may write over what was saved for it alone, by the numbers of its inputs, and torch goes by the
-    same numbers in every region inside: the second call of a region would find its gradient overwritten.
+    same numbers in every graph inside: the second call of a region would find its gradient overwritten, and a branch
+    the state of a loop, or a weight.
     """
     from torch._inductor.lowering import lowerings
 
-    target = torch.ops.higher_order.invoke_subgraph
-    lowering = lowerings[target]
-    if getattr(lowering, "_hopkit", False):
-        return
+    for name in ("invoke_subgraph", "cond", "while_loop", "while_loop_stack_output"):
+        target = getattr(torch.ops.higher_order, name)
+        lowering = lowerings.get(target)
+        if lowering is not None and not getattr(lowering, "_hopkit", False):
+            lowerings[target] = _keeping(lowering)
 
+
+def _keeping(lowering: Callable[..., object]) -> Callable[..., object]:
     @functools.wraps(lowering)
     def kept(*args: object, **kwargs: object) -> object:
         metadata = TracingContext.get().fw_metadata
@@ -129,7 +133,7 @@ def keep_inputs() -> None:
             metadata.bw_donated_idxs = donated
 
     kept._hopkit = True  # type: ignore[attr-defined]
-    lowerings[target] = kept
+    return kept
 
 
 def simplified(graph: GraphModule) -> GraphModule:

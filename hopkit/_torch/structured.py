@@ -94,6 +94,8 @@ def trace(run: Flat, values: Sequence[object], *, again: bool = False) -> GraphM
 
 @contextlib.contextmanager
 def _apart() -> Iterator[None]:
+    if compiling():
+        inductor.keep_inputs()
     with below_autograd(), taken_whole():
         yield
 
