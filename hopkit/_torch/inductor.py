@@ -123,7 +123,8 @@ def keep_inputs() -> None:
 def _keeping(lowering: Callable[..., object]) -> Callable[..., object]:
     @functools.wraps(lowering)
     def kept(*args: object, **kwargs: object) -> object:
-        metadata = TracingContext.get().fw_metadata
+        context = TracingContext.try_get()  # a package has none
+        metadata = context.fw_metadata if context else None
         if metadata is None:
             return lowering(*args, **kwargs)
         donated, metadata.bw_donated_idxs = metadata.bw_donated_idxs, None
