@@ -121,8 +121,7 @@ class Op(Generic[P, R]):
         self._checks = binding.checks(spec)
         self._load, self._attach = load, attach
         self._transparent = False
-        self._looks = False
-        self._plain_operands = functools.partial(state.ordinary, meta=False)
+        self._looks: Callable[[object], bool] | None = None
         self.revision = ""
         self._derives = spec.autograd == "derive"
         self._deferred_error = raise_in_backward(spec.name)
@@ -133,7 +132,7 @@ class Op(Generic[P, R]):
     def __call__(self, /, *args: P.args, **kwargs: P.kwargs) -> R:
         if compiling():  # Dynamo reads this code
             return self._read(*args, **kwargs)
-        quickly = self._transparent and state.quiet() and (not self._looks or self._plain_operands((args, kwargs)))
+        quickly = self._transparent and state.quiet() and (not self._looks or self._looks((args, kwargs)))
         if quickly and binding.passes(self._checks, args, kwargs):
             try:
                 result = self._body(*args, **kwargs)
@@ -211,8 +210,8 @@ class Op(Generic[P, R]):
     def _settle(self) -> None:
         """Whether calls may take the short cut. Asked once, and not per call."""
         self._transparent = self._load is None and self.spec.autograd != "error" and not self._asking.quietly
-        self._looks = self._asking.by_operands
-        self._plain_operands = functools.partial(state.ordinary, meta=keys.FAKE not in self._asking.modes)
+        looks = functools.partial(state.ordinary, meta=keys.FAKE not in self._asking.modes)
+        self._looks = looks if self._asking.by_operands else None
 
     # -- the way in, with the author's arguments ---------------------------------------------------------------------
 
@@ -427,7 +426,7 @@ class Op(Generic[P, R]):
         if layout.KEYWORD not in kwargs:  # then these are the author's own arguments
             return cast("AnyOp", self)(*args, **kwargs)
         call = self.decode(*args, **kwargs)
-        quickly = self._transparent and state.quiet() and (not self._looks or self._plain_operands(call.inputs))
+        quickly = self._transparent and state.quiet() and (not self._looks or self._looks(call.inputs))
         asked = not quickly and self._asked(call.inputs)
         if asked and not self._untold(lambda: call):
             return self._stamped(call)()
