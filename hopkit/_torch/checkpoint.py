@@ -83,14 +83,16 @@ def taken_whole() -> Iterator[None]:
 
     torch's own have no rule for it (2.13, 2.14), and a compiled checkpoint is one with a policy.
     """
-    modes = [m for m in dispatch_modes() if isinstance(m, (_CachingTorchDispatchMode, _CachedTorchDispatchMode))]
+    kinds = _CachingTorchDispatchMode, _CachedTorchDispatchMode
+    # Those that an outer one of these has told stay told until that is over.
+    modes = [m for m in dispatch_modes() if isinstance(m, kinds) and not m.supports_higher_order_operators]
     for mode in modes:
         mode.supports_higher_order_operators = True
     try:
         yield
     finally:
         for mode in modes:
-            vars(mode).pop("supports_higher_order_operators", None)
+            mode.supports_higher_order_operators = False
 
 
 def computed_again(function: Callable[..., T], *args: object) -> T:

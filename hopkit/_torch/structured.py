@@ -93,7 +93,8 @@ def trace(run: Flat, values: Sequence[object], *, again: bool = False) -> GraphM
 
 
 @contextlib.contextmanager
-def _apart() -> Iterator[None]:
+def _one_node() -> Iterator[None]:
+    """Inside, torch's operator is a node, whoever looks on, and what Inductor makes of it keeps its inputs."""
     if compiling():
         inductor.keep_inputs()
     with below_autograd(), taken_whole():
@@ -102,13 +103,13 @@ def _apart() -> Iterator[None]:
 
 def cond(decides: torch.Tensor, yes: GraphModule, no: GraphModule, inputs: Sequence[object]) -> Tensors:
     """``(yes if decides else no)(*inputs)``, below autograd."""
-    with _apart():
+    with _one_node():
         return cast("Tensors", torch.ops.higher_order.cond(decides, yes, no, tuple(inputs)))
 
 
 def while_loop(going: GraphModule, step: GraphModule, state: Sequence[object], captured: Sequence[object]) -> Tensors:
     """The last state, below autograd. Both graphs take the state and then what is captured."""
-    with _apart():
+    with _one_node():
         return cast("Tensors", torch.ops.higher_order.while_loop(going, step, tuple(state), tuple(captured)))
 
 
@@ -116,7 +117,7 @@ def while_stacked(
     going: GraphModule, step: GraphModule, state: Sequence[object], captured: Sequence[object]
 ) -> Tensors:
     """As `while_loop`, for all states after a step, stacked. Without a step: the state, as a stack of one."""
-    with _apart():
+    with _one_node():
         stacks = torch.ops.higher_order.while_loop_stack_output(going, step, tuple(state), tuple(captured))
     count = stacks[0].shape[0]
     if isinstance(count, torch.SymInt):
@@ -129,7 +130,7 @@ def while_stacked(
 
 def scan(step: GraphModule, carry: Sequence[object], xs: Sequence[torch.Tensor], captured: Sequence[object]) -> Tensors:
     """The last carry, and what every step gives besides, stacked; below autograd."""
-    with _apart():
+    with _one_node():
         first, along, others = (list(map(_computed, values)) for values in (carry, xs, captured))
         return tuple(torch.ops.higher_order.scan(step, first, along, tuple(others)))
 
