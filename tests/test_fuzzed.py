@@ -666,3 +666,43 @@ def test_what_is_detached_is_recorded_without_views() -> None:
     found, expected = torch.vmap(lambda x: make_fx(run)(x)(x))(X), (X * scale).detach() * X * scale
     same(found.detach(), expected.detach())
     same(torch.autograd.grad(found.sum(), scale), torch.autograd.grad(expected.sum(), scale))
+
+
+def test_zeros_without_memory_are_not_those_of_torchs_cache() -> None:
+    op, times = define_once(), 3
+
+    def tangents(f: Callable[[Tensor], tuple[Tensor, ...]]) -> Callable[[Tensor], tuple[Tensor, ...]]:
+        def run(x: Tensor) -> tuple[Tensor, ...]:
+            values, moved = torch.func.jvp(f, (x,), (x.cos(),))
+            return (*values, *moved)
+
+        return run
+
+    def called(x: Tensor) -> tuple[Tensor, ...]:
+        return tuple(op(lambda y: torch.stack([y * 2] * times), x) for _ in range(times))
+
+    def plain(x: Tensor) -> tuple[Tensor, ...]:
+        return (torch.stack([x * 2] * times),) * times
+
+    flat = hopkit.flatten(record(tangents(tangents(called)), T))
+    same(flat(T * 2), tangents(tangents(plain))(T * 2))
+
+
+def test_a_jvp_rule_beside_a_constant_that_is_no_stand_in() -> None:
+    @hopkit.define("t_first")
+    def first(f: Subgraph[Any], x: Tensor) -> Tensor:
+        return cast("Tensor", f(x)[0])
+
+    @first.rule("jvp")
+    def rule(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> Any:
+        return torch.func.jvp(lambda x: primals[0](x)[0], primals[1:], tangents[1:])
+
+    constant = torch.full((3,), 2.0)
+
+    def run(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor | None]:
+        with torch.no_grad(), forward_ad.dual_level():
+            primal, tangent = forward_ad.unpack_dual(first(lambda y: (y.sin(), constant), forward_ad.make_dual(x, t)))
+            return primal, tangent
+
+    graph = make_fx(run, tracing_mode="fake")(T, X[1])
+    same(graph(T * 2, X[0]), ((T * 2).sin(), (T * 2).cos() * X[0]))

@@ -281,9 +281,12 @@ class Duals(Tangents):
 
     def unpack(self, values: Sequence[object]) -> tuple[list[object], dict[int, torch.Tensor]]:
         """Values, and the tangents of those that have one, by number."""
-        pairs = {i: forward_ad.unpack_dual(v, level=_DUAL) for i, v in enumerate(values) if isinstance(v, torch.Tensor)}
-        primals = [pairs[i].primal if i in pairs else value for i, value in enumerate(values)]
-        return primals, {i: pair.tangent for i, pair in pairs.items() if pair.tangent is not None}
+        primals: list[object] = list(values)
+        tangents: dict[int, torch.Tensor] = {}
+        for i, value in enumerate(values):
+            if isinstance(value, torch.Tensor) and has_tangent(value):
+                primals[i], tangents[i] = forward_ad.unpack_dual(value, level=_DUAL)
+        return primals, tangents
 
     def pack(self, values: Sequence[object], tangents: Mapping[int, torch.Tensor]) -> tuple[object, ...]:
         """The inverse of `unpack`."""

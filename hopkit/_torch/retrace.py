@@ -8,7 +8,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, disable_fake_tensor_cache
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
@@ -83,7 +83,10 @@ def _mode_of(examples: Sequence[object]) -> Iterator[FakeTensorMode]:
     found = [e.fake_mode for e in examples if isinstance(e, FakeTensor) and e.fake_mode.shape_env is not None]
     mode = found[0] if found else fakes.Stage([]).mode
     assert mode.shape_env is not None
-    with mock.patch.object(mode, "allow_non_fake_inputs", True), mode.shape_env.suppress_guards(), mode:
+    # Its cache, which all modes share, takes a tensor of zeros that has no memory for any of its size (2.13, 2.14).
+    uncached = disable_fake_tensor_cache(mode)
+    foreign = mock.patch.object(mode, "allow_non_fake_inputs", True)
+    with uncached, foreign, mode.shape_env.suppress_guards(), mode:
         yield mode
 
 

@@ -120,8 +120,8 @@ def _possible(stack: Sequence[Layer], *, ruled: bool) -> tuple[Layer, ...]:
             continue  # the same, and what is made of the recording has stand-ins for them
         if name == "linearized" and outside & (TRANSFORMED | {"backward"}):
             continue  # torch's own gives memory that nobody has written to
-        if name == "linearized" and "functionalized" in outside:
-            continue  # not of what does not depend on the input
+        if name == "linearized" and outside & {"functionalized", "inference"}:
+            continue  # not of what does not depend on the input; nor, where nothing is constant, of what is linear
         if name == "functionalized" and "exported" in outside:
             continue  # not of any operator
         if name in TRANSFORMED and "exported" in outside and outside & (RECORDED - {"exported"}):
@@ -134,6 +134,8 @@ def _possible(stack: Sequence[Layer], *, ruled: bool) -> tuple[Layer, ...]:
             continue  # hopkit.flatten is no code to compile
         if name == "compiled" and "functionalized" in outside:
             b &= ~1  # AOTAutograd does not functionalize again
+        if ruled and name == "functionalized" and outside & {"ahead", "compiled"}:
+            b &= ~1  # AOTAutograd has no jvp of views of part of a memory; copies would be made of them here
         if ruled and name == "subclass" and outside & TRANSFORMED:
             continue  # no operator runs on what it holds
         if ruled and name == "backward" and "checkpointed" in outside:
@@ -205,9 +207,17 @@ def _differs(program: Program, got: Result, want: Result, told: str) -> Finding:
         return Finding("n/a", "torch gives something else too", told)
     if theirs := _difference(without, want, program):
         return Finding("n/a", "torch gives something else, and hopkit another", f"{told}; without hopkit {theirs}")
+    if "vmap" in program.rules and not _difference(_narrow(got), _narrow(want), program):
+        return Finding("n/a", "torch's vmap takes a batch of numbers for a tensor, which has its own dtype", told)
     if "wrong by" in told and _rounded(program, got, want):
         return Finding("right", "but for rounding", told)
     return Finding("wrong", told.split(" has ")[0], told)
+
+
+def _narrow(result: Result) -> Result:
+    return Result(
+        trees.map_only(Tensor, Tensor.float, result.value), result.flags, [*map(Tensor.float, result.gradients)]
+    )
 
 
 def _rounded(program: Program, got: Result, want: Result) -> bool:

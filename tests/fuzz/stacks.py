@@ -99,7 +99,8 @@ def of(run: Run, ts: Sequence[Tensor], numbers: Sequence[int], give: Callable[[o
 
 
 def direction(t: Tensor) -> Tensor:
-    return (t.detach() * 3 + 1).cos()
+    # Not of what `t` is: functionalize makes a copy of what is detached, and torch has no derivative of that one.
+    return (torch.ones_like(t).cumsum(-1) * 3 + 1).cos()
 
 
 def others(ts: Sequence[Tensor]) -> list[Tensor]:
