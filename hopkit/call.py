@@ -97,6 +97,7 @@ class Rehearsal:
         examples: Per graph, stand-ins of the inputs that it is called with.
         random: The devices where random numbers are drawn.
         handwritten: What part has a derivative of its own, as far as its inputs require a gradient, or "".
+        in_graphs: Whether a graph has such a part. Otherwise it is the body.
         opaque: Why a recorded graph cannot be differentiated, or "".
         outputs: Stand-ins of what the call gives.
         sources: Per output, the inputs that it has a gradient for. None: nobody knows.
@@ -108,6 +109,7 @@ class Rehearsal:
     examples: tuple[tuple[object, ...], ...]
     random: tuple[str, ...]
     handwritten: str
+    in_graphs: bool
     opaque: str
     outputs: object
     sources: tuple[tuple[int, ...], ...] | None
@@ -400,6 +402,7 @@ class Call:
         stage, watch, declared = Stage(self.inputs), Watch(), () if self.transformed else self.declared
         seen: dict[int, list[tuple[object, ...]]] = {i: [] for i in range(len(self.graphs))}
         told: list[str] = []
+        inside: list[str] = []
         writing: list[set[int]] = [set() for _ in self.graphs]
         shared: list[bool] = []
 
@@ -410,6 +413,7 @@ class Call:
                 with Substitute(stage.stand_in) as mode:
                     result = sizes.readable(as_before(function))(*inputs)
                 told.append(mode.opaque)
+                inside.append(custom_backward(trees.leaves(result)))
                 tensors = {i: value for i, value in enumerate(inputs) if isinstance(value, torch.Tensor)}
                 those = [i for i, value in tensors.items() if watch.wrote_to(value, since=before)]
                 writing[index].update(those)
@@ -434,7 +438,16 @@ class Call:
         opaque = handwritten or next(filter(None, told), "") or watch.opaque
         writes = tuple(tuple(sorted(those)) for those in writing)
         return Rehearsal(
-            examples, tuple(watch.random), handwritten, opaque, outputs, reached, written, writes, entwined=any(shared)
+            examples,
+            tuple(watch.random),
+            handwritten,
+            any(inside),
+            opaque,
+            outputs,
+            reached,
+            written,
+            writes,
+            entwined=any(shared),
         )
 
     def _example(
@@ -459,6 +472,11 @@ class Call:
     def unseen(self) -> str:
         """Why running the body again in backward would give something else, or ""."""
         return self.lost or ("it draws random numbers" if self.random else "")
+
+    @property
+    def by_hand(self) -> bool:
+        """Whether running the body again gives the same, and all that its graphs do not tell is the body's backward."""
+        return self.unseen == self.rehearsal.handwritten != "" and not self.rehearsal.in_graphs
 
     @property
     def random(self) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ import torch
 
 from hopkit._torch import trees
 from hopkit._torch.autograd import Step, apply, below_autograd, dual, needs_gradient
+from hopkit._torch.fakes import unhooked
 from hopkit.call import Call
 from hopkit.codec import Slot
 from hopkit.errors import CaptureError, RuleError
@@ -105,7 +106,8 @@ class _HandWritten(Step):
         # The rule expects one gradient per tensor of its result; an operand among them is no output of the node.
         assert self._call.layout is not None
         known = dict(zip(self._call.layout.outputs, map(gradients.get, range(count)), strict=True))
-        result = self._rule.backward(fill(self._saved, saved), *map(known.get, self._tensors))
+        with unhooked():  # it may use torch.func, which works in no checkpoint
+            result = self._rule.backward(fill(self._saved, saved), *map(known.get, self._tensors))
         found = list(result) if isinstance(result, Iterable) and not isinstance(result, torch.Tensor) else [result]
         for gradient in found:
             if not (gradient is None or isinstance(gradient, torch.Tensor)):

@@ -706,3 +706,26 @@ def test_a_jvp_rule_beside_a_constant_that_is_no_stand_in() -> None:
 
     graph = make_fx(run, tracing_mode="fake")(T, X[1])
     same(graph(T * 2, X[0]), ((T * 2).sin(), (T * 2).cos() * X[0]))
+
+
+def test_a_backward_that_transforms_in_a_checkpoint_around_aot_autograd() -> None:
+    op, x = define_once(), T.clone().requires_grad_()
+
+    @op.rule("autograd")
+    class Rule:
+        @staticmethod
+        def forward(body: Subgraph, *xs: Tensor) -> tuple[Tensor, object]:
+            return body(*xs), (body, xs)
+
+        @staticmethod
+        def backward(saved: Any, gradient: Tensor) -> tuple[Tensor]:
+            body, xs = saved
+            _, pull, *_ = torch.func.vjp(body, *xs)
+            return cast("tuple[Tensor]", cast("Called", pull)(gradient))
+
+    def ahead(x: Tensor) -> Tensor:
+        (result,) = aot_function(lambda x: (op(torch.sin, x),), fw_compiler=nop)(x)
+        return cast("Tensor", result)
+
+    result = checkpoint(ahead, x, use_reentrant=False)
+    same(torch.autograd.grad(cast("Tensor", result).sum(), x), (T.cos(),))

@@ -179,7 +179,7 @@ def rehearsing() -> bool:
 def unhooked() -> Iterator[None]:
     """Inside, what autograd saves is nobody else's business: checkpointing counts what is saved, and gives it back."""
     hooks: list[tuple[Callable[..., object], Callable[..., object]]] = []
-    while (top := torch._C._autograd._top_saved_tensors_default_hooks(False)) is not None:
+    while (top := torch._C._autograd._top_saved_tensors_default_hooks(True)) is not None:
         hooks.append(top)
         torch._C._autograd._pop_saved_tensors_default_hooks()
     try:

@@ -181,8 +181,12 @@ def another(value: object) -> int:
     return unknown(cast("torch.SymInt", value).node.shape_env, number(value))
 
 
+_ASKING = "get value out of a tracing tensor"  # torch/fx/experimental/proxy_tensor.py: proxy_call (2.13, 2.14)
+
+
 def data_dependent(error: Exception) -> bool:
-    """Whether torch raised this because code on stand-ins asked for a value."""
+    """Whether torch raised this because code on stand-ins, or on what a tracer follows, asked for a value."""
     from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
-    return isinstance(error, (DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode))
+    of_stand_ins = (DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode)
+    return isinstance(error, of_stand_ins) or (type(error) is RuntimeError and _ASKING in str(error))

@@ -23,7 +23,7 @@ from hopkit._torch import trees
 from hopkit._torch.snapshot import changed, forget_numbers, snapshot
 from hopkit.testing import fresh
 from hopkit.testing.compare import Pair, difference
-from tests.fuzz import pieces
+from tests.fuzz import flow, pieces
 from tests.fuzz.program import Held, Layer, Program, generate, smaller, source
 from tests.fuzz.ruled import ruled
 from tests.fuzz.stacks import DERIVED, WEIGHTS, floats, shapes_of_real, stacked, takes_ops, weighed
@@ -80,8 +80,11 @@ class Result:
 
 
 def program(seed: str) -> Program:
-    """The program of a seed: the first that runs in plain eager PyTorch."""
-    drawn = (_drawn(Random(f"{seed}/{number}" if number else seed)) for number in itertools.count())
+    """The program of a seed: the first that runs in plain PyTorch. One that starts with "flow" has control flow."""
+    drawn = (
+        _drawn(Random(f"{seed}/{number}" if number else seed), flowing=seed.startswith("flow"))
+        for number in itertools.count()
+    )
     return next(filter(_runs, drawn))
 
 
@@ -95,14 +98,14 @@ def _runs(made: Program) -> bool:
     return True
 
 
-def _drawn(random: Random) -> Program:
-    made = generate(random, WEIGHTS)
+def _drawn(random: Random, *, flowing: bool) -> Program:
+    made = generate(random, WEIGHTS, flowing=flowing)
     made = dataclasses.replace(made, stack=_possible(made.stack, ruled=bool(made.rules)))
     names = [name for name, *_ in made.stack]
     chance = random.random()
     if chance < 0.06:
         return dataclasses.replace(made, stack=(("shapes", 0, 0), *made.stack[: random.randrange(2)]), rules=())
-    if chance < 0.2 and SILENT.isdisjoint(names) and not any(map(takes_ops, made.stack)):
+    if chance < 0.2 and not flowing and SILENT.isdisjoint(names) and not any(map(takes_ops, made.stack)):
         return dataclasses.replace(made, stack=(("watched", 0, 0), *made.stack[:3]), rules=())
     return made
 
@@ -155,7 +158,7 @@ def judge(program: Program) -> Finding:
         want = _run(program, body, visible=True)
     except Exception as error:
         return Finding("n/a", "the body", _line(error))
-    with fresh():
+    with fresh() as kit, flow.known(kit):
         op = _build(program, plain=False)
         before = snapshot()
         try:
@@ -244,10 +247,12 @@ def _distance(t: Tensor, exact: Tensor) -> float:
 def _difference(got: Result, want: Result, program: Program) -> str:
     names = {name for name, *_ in program.stack}
     flags = want.flags
-    if not SILENT.isdisjoint(names) or "autograd" in program.rules:  # either may ask for a gradient of zeros
+    if program.flowing:  # in plain PyTorch all that could happen happens
+        flags = got.flags
+    elif not SILENT.isdisjoint(names) or "autograd" in program.rules:  # either may ask for a gradient of zeros
         flags = [asked or zeros for asked, zeros in zip(want.flags, got.flags, strict=True)]
     rough = "autocast" in names
-    strides = names.isdisjoint(DERIVED) and "vmap" not in program.rules
+    strides = names.isdisjoint(DERIVED) and "vmap" not in program.rules and not program.flowing
     try:
         pairs = [
             Pair("the value", _rough(got.value, rough), _rough(want.value, rough), strides=strides),
@@ -309,6 +314,7 @@ def _build(program: Program, *, plain: bool) -> Build:
     sys.modules.pop(f"tests.fuzz.program_{number - 2}", None)
     built |= {name: value for name, value in vars(pieces).items() if not name.startswith("__")}
     built |= {"torch": torch, "Any": Any, "Subgraph": hopkit.Subgraph, "ruled": ruled}
+    built |= flow.named(plain=plain)
     built["define"] = (lambda name: lambda body: body) if plain else hopkit.define
     exec(compile(text, name, "exec"), built)
     linecache.cache.pop(name)

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from random import Random
 from typing import Any, Literal, TypeVar
 
+from tests.fuzz import flow
+
 Step = tuple[str, int, int]
 """What is computed, and by the numbers of which values."""
 
@@ -56,6 +58,11 @@ INSIDE = {
     "inner_same": "inner(torch.cos, {x})",
 }
 """What a subgraph may do besides."""
+
+FLOW = {name: flow.step(text) for name, text in flow.STEPS.items()}
+"""What both may do in a program with control flow."""
+
+TEXT = {**INSIDE, **FLOW}
 
 RULED = ("device", "jvp", "vmap", "autograd")
 """Modes for which an op may have a rule of its own."""
@@ -131,16 +138,22 @@ class Program:
     stack: tuple[Layer, ...] = ()
     rules: tuple[str, ...] = ()
 
+    @property
+    def flowing(self) -> bool:
+        """Whether there is control flow in it."""
+        return any(name in FLOW for steps in (self.steps, *(f.steps for f in self.functions)) for name, *_ in steps)
 
-def generate(random: Random, layers: dict[str, float]) -> Program:
-    """A random program, whose stack is of these layers, by weight."""
+
+def generate(random: Random, layers: dict[str, float], *, flowing: bool = False) -> Program:
+    """A random program, whose stack is of these layers, by weight; with control flow, if ``flowing``."""
     many = random.choices((1, 2, 3), (5, 3, 2))[0]
     operands = tuple(_held(random, 0.35) for _ in range(random.choices((1, 2, 3), (4, 4, 2))[0]))
     captures = tuple(_held(random, 0.6) for _ in range(random.randrange(3)))
-    functions = tuple(_function(random, len(captures), len(operands)) for _ in range(many))
+    functions = tuple(_function(random, len(captures), len(operands), flowing) for _ in range(many))
     steps = [(random.choice(CALLS), random.randrange(20), random.randrange(20))]
     for _ in range(random.randrange(4)):
         kinds = CALLS if random.random() < 0.5 else tuple(PLAIN)
+        kinds = tuple(FLOW) if flowing and random.random() < 0.5 else kinds
         steps.append((random.choice(kinds), random.randrange(20), random.randrange(20)))
     depth = random.choices((1, 2, 3, 4), (3, 4, 3, 2))[0]
     names = random.choices(list(layers), list(layers.values()), k=depth)
@@ -165,11 +178,12 @@ def _held(random: Random, grad: float) -> Held:
     return Held(random.choice(SHAPES), random.choice(DTYPES), random.choice(LAYOUTS), random.random() < grad)
 
 
-def _function(random: Random, captures: int, operands: int) -> Function:
+def _function(random: Random, captures: int, operands: int, flowing: bool) -> Function:
     steps = []
     for _ in range(random.randrange(4)):
         name = random.choice(tuple(INSIDE))
         name = random.choice(tuple(INSIDE)) if name in RARE else name
+        name = random.choice(tuple(FLOW)) if flowing and random.random() < 0.5 else name
         steps.append((name, random.randrange(12), random.randrange(12)))
     module = random.random() < 0.15
     closed = random.choices(range(captures + (0 if module else operands)), k=random.randrange(3)) if captures else []
@@ -243,8 +257,8 @@ def _op(program: Program) -> list[str]:
 def _body_step(program: Program, step: Step, values: list[str]) -> Iterator[str]:
     name, i, j = step
     x, y, new = values[i % len(values)], values[j % len(values)], f"v{len(values)}"
-    if name in PLAIN:
-        yield f"{new} = {PLAIN[name].format(x=x, y=y, j=j)}"
+    if name in PLAIN or name in FLOW:
+        yield f"{new} = {TEXT[name].format(x=x, y=y, j=j)}"
         values.append(new)
         return
     number = (i + j) % len(program.functions)
@@ -305,7 +319,7 @@ def _inside(function: Function, closed: list[str]) -> list[str]:
     lines = [f"{', '.join(values[: function.arity])}, = d.values()"] if function.packed else []
     for name, i, j in function.steps:
         x, y = values[i % len(values)], values[j % len(values)]
-        lines.append(f"w{len(values)} = {INSIDE[name].format(x=x, y=y, j=j)}")
+        lines.append(f"w{len(values)} = {TEXT[name].format(x=x, y=y, j=j)}")
         values.append(f"w{len(values)}")
     last, before = values[-1], values[-2] if len(values) > 1 else f"{values[-1]} * 2"
     if not function.steps and closed:

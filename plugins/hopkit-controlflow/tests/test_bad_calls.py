@@ -10,9 +10,11 @@ import pytest
 import torch
 from hopkit_controlflow import agreement, associative_scan, cond, fori_loop, scan, switch, while_loop
 from torch import Tensor, vmap
+from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from hopkit import CallError, HopkitError, SubgraphError
+from hopkit import CallError, DataDependentError, HopkitError, SubgraphError
+from hopkit.extend.mode import TorchDispatchMode
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is not kept in the graph:hopkit.HopkitWarning")
 
@@ -220,3 +222,18 @@ def test_what_is_remembered_of_branches_has_an_end(monkeypatch: pytest.MonkeyPat
     for size in range(1, 9):
         cond(torch.tensor(True), torch.sin, torch.cos, (torch.ones(size),))
         assert 0 < len(agreement._agreed) <= 3
+
+
+def test_on_stand_ins_a_mode_that_sees_the_inside_of_an_op_sees_no_decision() -> None:
+    class Passing(TorchDispatchMode):
+        supports_higher_order_operators = False
+
+        def __torch_dispatch__(self, func: Any, types: object, args: Any = (), kwargs: Any = None) -> Any:
+            return func(*args, **(kwargs or {}))
+
+    passing = Passing()  # type: ignore[no-untyped-call] # torch's own
+    with FakeTensorMode() as fake:
+        x = fake.from_tensor(X)
+        with passing, pytest.raises(DataDependentError, match="'controlflow_cond' cannot run here"):
+            cond(x.sum() > 0, torch.sin, torch.cos, (x,))
+        assert cond(x.sum() > 0, torch.sin, torch.cos, (x,)).shape == X.shape

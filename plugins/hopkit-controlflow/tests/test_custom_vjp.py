@@ -58,6 +58,7 @@ MODES: dict[str, Any] = {
     "make_fx": lambda f: make_fx(slope(f))(X),
     "make_fx of grad": lambda f: make_fx(grad(lambda x: f(x).sum()))(X),
     "recorded first": lambda f: slope(make_fx(f)(X)),
+    "recorded where it trains": lambda f: slope(make_fx(f)(X.clone().requires_grad_())),
     "aot_eager": lambda f: slope(torch.compile(f, backend="aot_eager", fullgraph=True)),
     "inductor": lambda f: slope(torch.compile(f, fullgraph=True)),
     "compiled grad": lambda f: torch.compile(grad(lambda x: f(x).sum()), backend="aot_eager"),
