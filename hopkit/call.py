@@ -18,7 +18,7 @@ from hopkit._torch.autograd import computed, differentiable, needs_gradient
 from hopkit._torch.fakes import Stage, copied, outside_modes, same_storage, together
 from hopkit._torch.functional import is_functional, memory
 from hopkit._torch.structured import Unstructured, loops_stay
-from hopkit._torch.watch import Count, Same, Substitute, Watch, custom_backward, sources
+from hopkit._torch.watch import WITHOUT_GRADIENTS, Count, Same, Substitute, Watch, custom_backward, sources
 from hopkit.codec import Slot
 from hopkit.layout import DRAWING, REDRAWN, Layout, Meta
 from hopkit.probe import Graph, variable_name
@@ -97,7 +97,7 @@ class Rehearsal:
         examples: Per graph, stand-ins of the inputs that it is called with.
         random: The devices where random numbers are drawn.
         handwritten: What part has a derivative of its own, as far as its inputs require a gradient, or "".
-        in_graphs: Whether a graph has such a part. Otherwise it is the body.
+        by_hand: Whether that part is the body, and no graph, and nothing else is the matter.
         opaque: Why a recorded graph cannot be differentiated, or "".
         outputs: Stand-ins of what the call gives.
         sources: Per output, the inputs that it has a gradient for. None: nobody knows.
@@ -109,7 +109,7 @@ class Rehearsal:
     examples: tuple[tuple[object, ...], ...]
     random: tuple[str, ...]
     handwritten: str
-    in_graphs: bool
+    by_hand: bool
     opaque: str
     outputs: object
     sources: tuple[tuple[int, ...], ...] | None
@@ -435,14 +435,16 @@ class Call:
             unknown = self.transformed and self.op.stood_for
             reached = None if unknown else tuple(sources(output, fakes) for output in trees.leaves(outputs))
             written = frozenset(i for i in declared if watch.wrote_to(cast("torch.Tensor", fakes[i])))
-        opaque = handwritten or next(filter(None, told), "") or watch.opaque
+        hidden = next(filter(None, (*told, watch.opaque)), "")
+        # Such a backward, and what is before it, runs without gradients.
+        by_hand = handwritten and not any((*inside, *told)) and watch.reasons.keys() <= {WITHOUT_GRADIENTS}
         writes = tuple(tuple(sorted(those)) for those in writing)
         return Rehearsal(
             examples,
             tuple(watch.random),
             handwritten,
-            any(inside),
-            opaque,
+            bool(by_hand),
+            handwritten or hidden,
             outputs,
             reached,
             written,
@@ -476,7 +478,7 @@ class Call:
     @property
     def by_hand(self) -> bool:
         """Whether running the body again gives the same, and all that its graphs do not tell is the body's backward."""
-        return self.unseen == self.rehearsal.handwritten != "" and not self.rehearsal.in_graphs
+        return self.rehearsal.by_hand and self.unseen == self.rehearsal.handwritten
 
     @property
     def random(self) -> tuple[str, ...]:

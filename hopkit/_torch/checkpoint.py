@@ -25,7 +25,8 @@ from torch.utils.checkpoint import (
 from hopkit._torch import trees
 from hopkit._torch.autograd import needs_gradient
 from hopkit._torch.fakes import rehearsing, unhooked
-from hopkit._torch.state import dispatch_modes, forward_mode, transforming
+from hopkit._torch.levels import top
+from hopkit._torch.state import dispatch_modes, forward_mode
 
 T = TypeVar("T")
 
@@ -114,6 +115,8 @@ def computed_again(function: Callable[..., T], *args: object) -> T:
         for node in itertools.islice(graph.nodes, before if trains else len(graph.nodes), None):
             node.meta.update(recompute=CheckpointPolicy.MUST_RECOMPUTE, ac_graph_id=number)
         return result
-    if rehearsing() or transforming() or forward_mode():
+    # A level of torch.func that is off here still forbids it.
+    possible: bool = torch._C._autograd._saved_tensors_hooks_is_enabled()  # type: ignore[attr-defined] # not in stubs
+    if rehearsing() or top() is not None or forward_mode() or not possible:
         return function(*args)
     return cast("T", checkpoint.checkpoint(function, *args, use_reentrant=False))

@@ -173,6 +173,9 @@ def wiring(
     return [*flow, tuple(map(told, outputs))]
 
 
+WITHOUT_GRADIENTS = "a part of it runs without gradients"
+
+
 class Watch(TorchDispatchMode):
     """Sees every operator that runs inside, and passes it on."""
 
@@ -182,7 +185,7 @@ class Watch(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call] # torch's own
         self._tracked = tracked
         self.random: dict[str, None] = {}  # the devices where random numbers are drawn
-        self.opaque = ""
+        self.reasons: dict[str, None] = {}
         self.written: list[torch.Tensor] = []
         self.hidden = False
         self.made: set[object] = set()  # symbols of sizes and numbers that only running tells
@@ -197,17 +200,17 @@ class Watch(TorchDispatchMode):
     ) -> object:
         random = False
         if torch.is_inference_mode_enabled() or not (torch.is_grad_enabled() or off()):
-            self.opaque = "a part of it runs without gradients"
+            self.reasons[WITHOUT_GRADIENTS] = None
         if isinstance(func, torch._ops.OpOverload):
             if func is torch.ops.aten.copy_.default:
-                self.opaque = "it copies into a tensor, and functionalized that has no derivative"
+                self.reasons["it copies into a tensor, and functionalized that has no derivative"] = None
             random = torch.Tag.nondeterministic_seeded in func.tags
             if random and any(isinstance(leaf, torch.Generator) for leaf in trees.leaves((args, kwargs))):
-                self.opaque = "it draws from a generator of its own"
+                self.reasons["it draws from a generator of its own"] = None
             if func._schema.is_mutable or func in _WRITE_STATISTICS:
                 written = list(_writes(func, args, kwargs or {}))
                 if not torch.is_grad_enabled() and any(t.requires_grad for t in written):
-                    self.opaque = "it writes to a tensor that has a gradient, and gradients are off"
+                    self.reasons["it writes to a tensor that has a gradient, and gradients are off"] = None
                 self.written.extend(written)
         leaves = trees.leaves((args, kwargs))
         # Code that is no Python, such as a scripted module's, uses its tensors where nothing can replace them.
@@ -221,6 +224,11 @@ class Watch(TorchDispatchMode):
         if any(isinstance(leaf, torch.Tensor) for leaf in results):
             self.steps.append((func, leaves, results))
         return result
+
+    @property
+    def opaque(self) -> str:
+        """Why a graph of what ran inside cannot be differentiated, or ""."""
+        return next(reversed(self.reasons), "")
 
     def _hides(self, tensor: torch.Tensor) -> bool:
         """Whether this is, or holds, a tensor from outside that is more than a constant."""

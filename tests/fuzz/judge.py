@@ -103,7 +103,7 @@ def _drawn(random: Random, *, flowing: bool) -> Program:
     made = dataclasses.replace(made, stack=_possible(made.stack, ruled=bool(made.rules)))
     names = [name for name, *_ in made.stack]
     chance = random.random()
-    if chance < 0.06:
+    if chance < 0.06 and not flowing:
         return dataclasses.replace(made, stack=(("shapes", 0, 0), *made.stack[: random.randrange(2)]), rules=())
     if chance < 0.2 and not flowing and SILENT.isdisjoint(names) and not any(map(takes_ops, made.stack)):
         return dataclasses.replace(made, stack=(("watched", 0, 0), *made.stack[:3]), rules=())

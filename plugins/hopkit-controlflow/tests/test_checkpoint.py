@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint as torchs
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script")  # torch's, of its own code
 
 checkpoint: Any = hopkit_controlflow.checkpoint
+grad: Any = torch.func.grad
 
 X = torch.linspace(-1, 1, 16).reshape(4, 4)
 W = torch.linspace(-0.5, 0.5, 16).reshape(4, 4).requires_grad_()
@@ -140,6 +141,25 @@ def test_inside_transforms() -> None:
     torch.testing.assert_close(
         torch.func.hessian(lambda x: ours(x).sum())(X), torch.func.hessian(lambda x: layer(x).sum())(X)
     )
+
+
+def test_inside_functionalize_it_is_an_ordinary_call() -> None:
+    x = X.clone().requires_grad_()
+    result = torch.func.functionalize(lambda x: checkpoint(layer, x), remove="mutations_and_views")(x)
+    torch.testing.assert_close(torch.autograd.grad(result.sum(), x), torch.autograd.grad(layer(x).sum(), x))
+
+
+def test_in_an_op_that_is_recorded_inside_a_transform() -> None:
+    region: Any = hopkit_controlflow.region
+
+    def again(x: Tensor) -> Any:
+        return region(lambda y: checkpoint(layer, y), (x,))
+
+    def slope(function: Function) -> Any:
+        return grad(lambda x: function(x).sum())
+
+    recorded = make_fx(slope(again))(X)
+    torch.testing.assert_close(recorded(X + 1), slope(layer)(X + 1))
 
 
 @pytest.mark.parametrize("option", [{"use_reentrant": True}, {"preserve_rng_state": False}])
