@@ -78,9 +78,10 @@ def batched(c: Tensor, x: Tensor, w: Tensor) -> Any:
 def changed(c: Tensor, x: Tensor, w: Tensor) -> Any:
     """What is multiplied is written to between two products."""
     a, v = c.sin(), w.detach()  # autograd keeps ``v``, and not ``a``
-    y = (a @ v).tanh()
+    row = a.unsqueeze(0)
+    y = (row @ v).tanh().squeeze(0)
     a.mul_(0.5)
-    return (a @ v).sin() + (c @ w).cos() * x, y
+    return (row @ v).sin().squeeze(0) + (c @ w).cos() * x, y
 
 
 def only_state(c: Tensor, x: Tensor, w: Tensor) -> Any:
