@@ -31,7 +31,7 @@ import torch
 from hopkit.rule import Place, Table
 from hopkit.spec import OpSpec
 
-REVISION = 6
+REVISION = 7
 """Raise it when a rule that hopkit derives, or the way it traces a body, gives other values, gradients or graphs."""
 
 MOST_ITEMS = 10_000

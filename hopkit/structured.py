@@ -7,18 +7,21 @@ recorded, as graphs of the tensors that they take and of those that they close o
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import TypeVar, cast
 
 import torch
+from torch.fx import GraphModule
 
 from hopkit._torch import levels, sizes, structured, trees
 from hopkit._torch.autograd import Step, apply, differentiable, needs_gradient
 from hopkit._torch.casts import casting, casts
 from hopkit._torch.fakes import Stage, rehearsing
 from hopkit._torch.functional import memory
-from hopkit._torch.structured import Flat, Unstructured
+from hopkit._torch.products import Products
+from hopkit._torch.structured import Flat, Tensors, Unstructured
 from hopkit._torch.watch import Substitute, replaced
 from hopkit.transform import vjp
 
@@ -383,8 +386,16 @@ def _swept(
     return closed.result(0, [*found[:count], *ys])
 
 
+More = Callable[[GraphModule], Sequence[torch.Tensor]]
+"""Changes the graph of a step; gives what it takes then, besides, slice by slice."""
+
+
 def _along(
-    step: Flat, carry: Sequence[torch.Tensor], xs: Sequence[torch.Tensor], captured: Sequence[object]
+    step: Flat,
+    carry: Sequence[torch.Tensor],
+    xs: Sequence[torch.Tensor],
+    captured: Sequence[object],
+    more: More | None = None,
 ) -> Sequence[object]:
     carry, xs, captured = own((tuple(carry), tuple(xs), tuple(captured)), ())
     inputs = (*carry, *xs, *captured)
@@ -392,7 +403,7 @@ def _along(
         sweeping = _Sweep(step, len(carry), len(xs), inputs)
         outputs = apply(sweeping, inputs)
         return outputs[: len(outputs) - len(carry)]
-    return _scanned(step, carry, xs, captured)
+    return _scanned(step, carry, xs, captured, more=more)
 
 
 def _scanned(
@@ -402,35 +413,34 @@ def _scanned(
     captured: Sequence[object],
     *,
     again: bool = False,
+    more: More | None = None,
 ) -> Sequence[object]:
-    example = (*carry, *(x[0] for x in xs), *captured)
-    if carry:
-        return structured.scan(structured.trace(step, example, again=again), carry, xs, captured)
-    # Inductor takes no scan of a single result.
-    idle = xs[0].new_zeros(())
+    if not carry:  # Inductor takes no scan of a single result
 
-    def idling(values: Sequence[object]) -> Sequence[object]:
-        return own((values[0], *step(values[1:])), [list(values)])
+        def idling(values: Sequence[object]) -> Sequence[object]:
+            return own((values[0], *step(values[1:])), [list(values)])
 
-    graph = structured.trace(idling, (idle, *example), again=again)
-    return structured.scan(graph, [idle], xs, captured)[1:]
+        return _scanned(idling, [xs[0].new_zeros(())], xs, captured, again=again, more=more)[1:]
+    graph = structured.trace(step, (*carry, *(x[0] for x in xs), *captured), again=again)
+    return structured.scan(graph, carry, [*xs, *(more(graph) if more else ())], captured)
 
 
 class _Sweep(Step):
     """A sweep as one step of the tape. It gives the last carry, what is stacked, and every carry that a step got.
 
-    Backward is a sweep the other way. It computes a step again from the carry that it got.
+    Backward is a sweep the other way. It computes a step again from the carry that it got, but for its `Products`.
     """
 
     repeats = True
 
     def __init__(self, step: Flat, carries: int, xs: int, inputs: Sequence[object]) -> None:
-        self._step, self._count, self._stop = step, carries, carries + xs
+        self._step, self._count, self._stop, self._products = step, carries, carries + xs, Products()
         # A carry may come to depend on what else the step takes.
         self._carries = [i for i, value in enumerate(inputs[:carries]) if differentiable(value)]
         wanted = [i for i in _wanted(inputs) if i >= carries]
         self._xs = [i for i in wanted if i < self._stop]
         self._captured = [i for i in wanted if i >= self._stop]
+        self._wrt = [*self._carries, *self._xs, *self._captured]
 
     def forward(self, inputs: tuple[object, ...]) -> tuple[tuple[object, ...], tuple[object, ...]]:
         carry, xs, captured = self._parts(inputs)
@@ -438,28 +448,30 @@ class _Sweep(Step):
         def noting(values: Sequence[object]) -> Sequence[object]:
             return own((*self._step(values), *values[: self._count]), [list(values)])
 
-        outputs = tuple(_scanned(noting, carry, xs, captured, again=True))
-        return outputs, (*inputs, *outputs[len(outputs) - self._count :])
+        def keeping(graph: GraphModule) -> Sequence[torch.Tensor]:
+            pull = functools.partial(_pulled, self._step, self._wrt)
+            self._products.keep(graph, pull, idle=not carry, others=self._count)
+            return ()
 
-    def _parts(
-        self, inputs: Sequence[object]
-    ) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor], Sequence[object]]:
-        tensors = cast("Sequence[torch.Tensor]", inputs)
-        return tensors[: self._count], tensors[self._count : self._stop], inputs[self._stop :]
+        outputs = tuple(_scanned(noting, carry, xs, captured, again=True, more=keeping))
+        stop = len(outputs) - len(self._products)
+        return outputs[:stop], (*inputs, *outputs[stop - self._count :])
+
+    def _parts(self, inputs: tuple[object, ...]) -> tuple[Tensors, Tensors, Tensors]:
+        tensors = cast("Tensors", inputs)
+        return tensors[: self._count], tensors[self._count : self._stop], tensors[self._stop :]
 
     def backward(
         self, saved: tuple[object, ...], gradients: tuple[torch.Tensor | None, ...]
     ) -> Sequence[torch.Tensor | None]:
-        inputs, before = (
-            saved[: len(saved) - self._count],
-            cast("Sequence[torch.Tensor]", saved[len(saved) - self._count :]),
-        )
+        stop = len(saved) - self._count - len(self._products)
+        inputs, rest = saved[:stop], cast("Sequence[torch.Tensor]", saved[stop:])
+        before, products = rest[: self._count], rest[self._count :]
         carry, xs, captured = self._parts(inputs)
         stop = len(gradients) - self._count
         stacked = {i: g for i, g in enumerate(gradients[:stop]) if i >= self._count and g is not None}
         along = {i: g for i in self._carries if (g := gradients[stop + i]) is not None}
-        wrt = [*self._carries, *self._xs, *self._captured]
-        pull = _pulled(self._step, wrt, [*self._carries, *stacked])
+        pull = _pulled(self._step, self._wrt, [*self._carries, *stacked])
         counts = [len(self._carries), len(self._captured), len(before), len(xs), len(stacked), len(along)]
 
         def back(values: Sequence[object]) -> Sequence[object]:
@@ -474,7 +486,13 @@ class _Sweep(Step):
         start = [torch.zeros_like(carry[i]) if (g := gradients[i]) is None else g for i in self._carries]
         start += [torch.zeros_like(cast("torch.Tensor", inputs[i])) for i in self._captured]
         slices = [part.flip(0) for part in (*before, *xs, *stacked.values(), *along.values())]
-        found = cast("Sequence[torch.Tensor]", _along(back, start, slices, captured))
+
+        def spared(graph: GraphModule) -> Sequence[torch.Tensor]:
+            first, last = max(1, len(start)), len(stacked) + len(along)
+            roles = [*[None] * first, *range(self._stop), *[None] * last, *range(self._stop, len(inputs))]
+            return [products[i].flip(0) for i in self._products.spare(graph, roles, first + len(slices))]
+
+        found = cast("Sequence[torch.Tensor]", _along(back, start, slices, captured, spared))
         results = _of_inputs(len(inputs), [*self._carries, *self._captured, *self._xs], found)
         for i in self._xs:
             results[i] = cast("torch.Tensor", results[i]).flip(0)
