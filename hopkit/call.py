@@ -20,6 +20,7 @@ from hopkit._torch.functional import is_functional, memory
 from hopkit._torch.structured import Unstructured, loops_stay
 from hopkit._torch.watch import WITHOUT_GRADIENTS, Count, Same, Substitute, Watch, custom_backward, sources
 from hopkit.codec import Slot
+from hopkit.deciding import deciding
 from hopkit.layout import DRAWING, REDRAWN, Layout, Meta
 from hopkit.probe import Graph, variable_name
 from hopkit.record import run_or_examples
@@ -177,7 +178,8 @@ class Call:
         if self.layout is None:
             args, kwargs = self.arguments()
             return (body or self.op.body)(*args, **kwargs)
-        return transform.flat(self.op, self.layout, self.graphs, self.options, body)(self.inputs)
+        with deciding(self.op):
+            return transform.flat(self.op, self.layout, self.graphs, self.options, body)(self.inputs)
 
     def graph_names(self) -> list[str]:
         """A name for every graph: the op's, and the subgraph's."""

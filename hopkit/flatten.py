@@ -264,11 +264,12 @@ def _traced(call: Call, functional: bool) -> GraphModule:
             todo="Flatten under torch.no_grad(), for inference alone, or keep the node",
         ) from lost
     except Exception as error:
-        if not sizes.data_dependent(error):
+        asked = error.__cause__ if isinstance(error, DataDependentError) else error
+        if not (isinstance(asked, Exception) and sizes.data_dependent(asked)):
             raise
         raise DataDependentError(
             f"op '{call.op.name}'",
-            f"cannot be flattened: its body decides on a tensor's value ({str(error).splitlines()[0]})",
+            f"cannot be flattened: its body decides on a tensor's value ({str(asked).splitlines()[0]})",
             why="a graph has one way through it",
             todo="Keep the node, or let the body decide with torch.cond or torch.while_loop",
         ) from error

@@ -9,8 +9,7 @@ from typing import Any, cast
 import torch
 
 from hopkit._torch import trees
-from hopkit._torch.autograd import Step, apply, below_autograd, dual, needs_gradient
-from hopkit._torch.fakes import unhooked
+from hopkit._torch.autograd import Step, apply, below_autograd, dual, needs_gradient, unhooked
 from hopkit.call import Call
 from hopkit.codec import Slot
 from hopkit.errors import CaptureError, RuleError

@@ -15,7 +15,7 @@ import torch
 from typing_extensions import ParamSpec, TypeVar
 
 from hopkit import binding, install, layout, live
-from hopkit._torch import checkpoint, dynamo, inductor, keys, sizes, state, trees
+from hopkit._torch import checkpoint, dynamo, inductor, keys, state, trees
 from hopkit._torch.autograd import needs_gradient, raise_in_backward
 from hopkit._torch.constant import outcome
 from hopkit._torch.fakes import bound, effectless, rehearsing
@@ -26,6 +26,7 @@ from hopkit._torch.tracing import gradients_changed
 from hopkit._torch.watch import replaced
 from hopkit.asking import Asking, asking
 from hopkit.call import Call
+from hopkit.deciding import deciding
 from hopkit.digest import cacheable, digest, other_body
 from hopkit.errors import CallError, CaptureError, DataDependentError, HopkitWarning, RuleError, no_gradient
 from hopkit.probe import Unrecordable, Unrehearsable, real_captures
@@ -380,18 +381,8 @@ class Op(Generic[P, R]):
         name = torch.profiler.record_function(self.spec.name) if state.logged() else contextlib.nullcontext()
         # What a function mode keeps from being a node is one when it is computed again, if the mode is over by then.
         apart = checkpoint.uncounted() if state.recording() and state.overridden() else contextlib.nullcontext()
-        with name, checkpoint.decided(self.operator, args, kwargs), apart:
-            try:
-                return run()
-            except Exception as error:
-                if not self.spec.stood_for or rehearsing() or not sizes.data_dependent(error):
-                    raise
-                raise DataDependentError(
-                    f"op '{self.spec.name}'",
-                    f"cannot run here: its body decides on a tensor's value ({str(error).splitlines()[0]})",
-                    why="a mode or a tensor class sees the inside of the op, where tensors have shapes and no values",
-                    todo="Record the op outside of it, or let it take the op whole, by a rule for the mode",
-                ) from error
+        with name, checkpoint.decided(self.operator, args, kwargs), apart, deciding(self.spec):
+            return run()
 
     def _defer(self, result: object) -> object:
         """For "deferred_error": what would have a gradient gets one that raises. Dynamo sees the body alone."""

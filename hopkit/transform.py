@@ -10,8 +10,8 @@ from typing import NoReturn, cast
 import torch
 
 from hopkit._torch import levels, random, sizes, trees
-from hopkit._torch.autograd import needs_gradient
-from hopkit._torch.fakes import autograd_on, copied, unhooked, zeros_of_stand_ins
+from hopkit._torch.autograd import needs_gradient, unhooked
+from hopkit._torch.fakes import autograd_on, copied, zeros_of_stand_ins
 from hopkit._torch.sizes import Equal
 from hopkit._torch.state import before_dispatch, forward_mode
 from hopkit._torch.tracing import draws_for_backward

@@ -255,6 +255,20 @@ def passed_on(run: Callable[[Sequence[object]], object], inputs: Sequence[object
     return trees.map_only(torch.Tensor, level.wrap, outputs)
 
 
+@contextlib.contextmanager
+def unhooked() -> Iterator[None]:
+    """Inside, what autograd saves is nobody else's business: checkpointing counts what is saved, and gives it back."""
+    hooks: list[tuple[Callable[..., object], Callable[..., object]]] = []
+    while (top := torch._C._autograd._top_saved_tensors_default_hooks(True)) is not None:
+        hooks.append(top)
+        torch._C._autograd._pop_saved_tensors_default_hooks()
+    try:
+        yield
+    finally:
+        for pack, unpack in reversed(hooks):
+            torch._C._autograd._push_saved_tensors_default_hooks(pack, unpack)
+
+
 def every_level(jvp: Callable[..., object]) -> Callable[..., object]:
     """The ``jvp`` of a ``torch.autograd.Function``, where levels of forward mode are nested too.
 
@@ -267,7 +281,7 @@ def every_level(jvp: Callable[..., object]) -> Callable[..., object]:
     def run(ctx: FunctionCtx, *tangents: object) -> object:
         saved = cast("_Context", ctx).saved_tensors
         primal = [levels.without_tangent(value) for value in (*saved, *tangents)]
-        with forward_ad._set_fwd_grad_enabled(True):
+        with forward_ad._set_fwd_grad_enabled(True), unhooked():  # it may use torch.func, which works in no checkpoint
             found = jvp(ctx, primal[: len(saved)], *primal[len(saved) :])
         return trees.map_leaves(levels.without_tangent, found)  # of what ``jvp`` closes over
 

@@ -23,8 +23,8 @@ from torch.utils.checkpoint import (
 )
 
 from hopkit._torch import trees
-from hopkit._torch.autograd import needs_gradient
-from hopkit._torch.fakes import rehearsing, unhooked
+from hopkit._torch.autograd import needs_gradient, unhooked
+from hopkit._torch.fakes import rehearsing
 from hopkit._torch.levels import top
 from hopkit._torch.state import dispatch_modes, forward_mode
 

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import (
 )
 
 from hopkit._torch import sizes, trees
-from hopkit._torch.autograd import computed, tied
+from hopkit._torch.autograd import computed, tied, unhooked
 from hopkit._torch.levels import cleared
 from hopkit._torch.state import dispatch_modes
 
@@ -173,20 +173,6 @@ def effectless() -> bool:
 def rehearsing() -> bool:
     """Whether a body is being rehearsed."""
     return _rehearsing.get()
-
-
-@contextlib.contextmanager
-def unhooked() -> Iterator[None]:
-    """Inside, what autograd saves is nobody else's business: checkpointing counts what is saved, and gives it back."""
-    hooks: list[tuple[Callable[..., object], Callable[..., object]]] = []
-    while (top := torch._C._autograd._top_saved_tensors_default_hooks(True)) is not None:
-        hooks.append(top)
-        torch._C._autograd._pop_saved_tensors_default_hooks()
-    try:
-        yield
-    finally:
-        for pack, unpack in reversed(hooks):
-            torch._C._autograd._push_saved_tensors_default_hooks(pack, unpack)
 
 
 @contextlib.contextmanager

@@ -204,7 +204,10 @@ def by_mode(layer: Functionalizer) -> bool:
 def memory(tensor: torch.Tensor) -> object:
     """Equal for tensors that share memory, wrapped or not. None: nobody knows, as for a sparse one."""
     elem = tensor.elem if isinstance(tensor, FunctionalTensor) else tensor
-    return elem.untyped_storage()._cdata if torch._C._has_storage(elem) else None
+    try:
+        return elem.untyped_storage()._cdata if torch._C._has_storage(elem) else None
+    except NotImplementedError:  # a wrapper of torch.func's that it does not know as one any more
+        return None
 
 
 def frozen(value: object) -> object:

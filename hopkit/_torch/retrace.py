@@ -14,7 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 
 from hopkit._torch import fakes, levels, trees
-from hopkit._torch.autograd import computed, differentiable
+from hopkit._torch.autograd import computed, differentiable, unhooked
 from hopkit._torch.constant import Telling
 from hopkit._torch.library import detached
 from hopkit._torch.watch import custom_backward
@@ -61,7 +61,7 @@ def retrace(
             watch.reason = custom_backward(trees.leaves(result)) or watch.reason
         return result
 
-    with levels.cleared(), _mode_of(examples) as mode, fakes.unhooked():
+    with levels.cleared(), _mode_of(examples) as mode, unhooked():
         inputs = list(examples)
         for i, example in enumerate(examples):
             if isinstance(example, torch.Tensor):

@@ -25,7 +25,7 @@ from torch.fx.experimental.proxy_tensor import (
 from torch.utils.checkpoint import CheckpointPolicy
 
 from hopkit._torch import fakes, levels, sizes, trees
-from hopkit._torch.autograd import computed
+from hopkit._torch.autograd import computed, unhooked
 from hopkit._torch.constant import AS_DETACHED, Telling, is_constant
 
 T = TypeVar("T")
@@ -69,7 +69,7 @@ class Tracer:
 
             inside = contextlib.nullcontext() if self._fake_mode else mode
             # Transforms that are active are around the program that is recorded.
-            with levels.cleared(), fakes.autograd_on(), fakes.unhooked():
+            with levels.cleared(), fakes.autograd_on(), unhooked():
                 inputs = trees.map_only(torch.Tensor, stand_in, tuple(examples))
                 told = Telling() if gradients else contextlib.nullcontext()
                 with inside, fakes.zeros_have_memory(), torch.set_grad_enabled(gradients), told:

@@ -133,6 +133,8 @@ def _possible(stack: Sequence[Layer], *, ruled: bool) -> tuple[Layer, ...]:
             continue  # Dynamo has no stand-ins for their tensors
         if name == "inference" and outside & RECORDED and outside & {"jvp", "jacrev", "linearized", "duals"}:
             continue  # no operator runs there
+        if name == "duals" and outside & TRANSFORMED and outside & RECORDED:
+            continue  # the same, and who differentiates constants has what they were computed from by chance
         if name == "flattened" and "compiled" in outside:
             continue  # hopkit.flatten is no code to compile
         if name == "compiled" and "functionalized" in outside:
