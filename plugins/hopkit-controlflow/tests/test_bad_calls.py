@@ -11,8 +11,10 @@ import torch
 from hopkit_controlflow import agreement, associative_scan, cond, fori_loop, scan, switch, while_loop
 from torch import Tensor, vmap
 from torch._subclasses import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 
+import hopkit
 from hopkit import CallError, DataDependentError, HopkitError, SubgraphError
 from hopkit.extend.mode import TorchDispatchMode
 
@@ -237,3 +239,15 @@ def test_on_stand_ins_a_mode_that_sees_the_inside_of_an_op_sees_no_decision() ->
         with passing, pytest.raises(DataDependentError, match="'controlflow_cond' cannot run here"):
             cond(x.sum() > 0, torch.sin, torch.cos, (x,))
         assert cond(x.sum() > 0, torch.sin, torch.cos, (x,)).shape == X.shape
+
+
+def test_dual_numbers_outside_of_a_recording_with_symbols_for_sizes() -> None:
+    @hopkit.define("t_either")
+    def either(f: hopkit.Subgraph, x: Tensor) -> Tensor:
+        return switch(x.sum().long(), (torch.sin, f), x)
+
+    try:
+        with forward_ad.dual_level(), pytest.raises(DataDependentError, match="'controlflow_switch' cannot run here"):
+            make_fx(lambda x: either(torch.cos, x), tracing_mode="symbolic")(X)(forward_ad.make_dual(X, X))
+    finally:
+        hopkit.undefine(either)

@@ -91,16 +91,17 @@ def agreed(functions: Sequence[Callable[..., object]], operands: Sequence[object
     if all(map(is_recorded, functions)):
         return
     key = (*map(_code, functions), *map(kind, leaves(list(operands))))
-    if key not in _agreed:
-        try:
-            on_stand_ins(both)
-        except hopkit.SubgraphError:
-            raise
-        except Exception:  # it needs values, or is wrong in itself: if it is the one that runs, it says so
+    try:
+        if key in _agreed:
             return
-        if len(_agreed) >= MOST_AGREED:
-            _agreed.clear()
-        _agreed.add(key)
+        on_stand_ins(both)
+    except hopkit.SubgraphError:
+        raise
+    except Exception:  # it needs values, or is wrong in itself: if it is the one that runs, it says so
+        return  # nor is this plain eager, where sizes are symbols: they cannot be looked up
+    if len(_agreed) >= MOST_AGREED:
+        _agreed.clear()
+    _agreed.add(key)
 
 
 _agreed: set[object] = set()
