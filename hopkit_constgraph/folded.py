@@ -9,7 +9,8 @@ import inspect
 import io
 import operator
 import re
-from collections.abc import Iterable, Mapping
+import textwrap
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, cast
 
 import torch
@@ -19,10 +20,12 @@ from torch.fx.graph import CodeGen
 
 import hopkit
 from hopkit.extend.dynamo import undecorated
+from hopkit_constgraph.kept import known
 from hopkit_constgraph.op import run_const_graph_once
 from hopkit_constgraph.release import refuse
 
 ExportedProgram = torch.export.ExportedProgram
+Operands = tuple[GraphModule, tuple[torch.Tensor, ...]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +61,7 @@ class Folded(GraphModule):
 
     _recipe: Recipe
     _released: frozenset[str]
+    _operands: Callable[[Folded], Operands] | None
     _once = staticmethod(run_const_graph_once)
 
     @classmethod
@@ -77,7 +81,9 @@ class Folded(GraphModule):
             body["_checked"] = undecorated(module.get_submodule("_guards_fn").forward)
             if program.call_spec.out_spec.is_leaf():
                 module.graph.set_codegen(_Flat(module, given, named))
-        module.graph.on_generate_code(lambda _: functools.partial(_quicken, _kinds(module), "_checked" in body))
+        kinds = _kinds(module)
+        body["_operands"] = _operands(module.graph, kinds)
+        module.graph.on_generate_code(lambda _: functools.partial(_quicken, kinds, "_checked" in body))
         made = cls._made({**body, "_recipe": Recipe.of(program), "_released": frozenset(released)})
         for name in made._released:
             owner, _, leaf = name.rpartition(".")
@@ -110,6 +116,25 @@ class Folded(GraphModule):
                 todo=f"Fold the model again: `fold(model.{'train' if mode else 'eval'}(), inputs)`",
             )
         return self
+
+    def _ahead(self) -> tuple[torch.Tensor, ...] | None:
+        """What the constant graph gives, for compiled code. None: what is kept is not good there."""
+        return self._known(ahead=False)
+
+    def _look_ahead(self) -> tuple[torch.Tensor, ...] | None:
+        """The same, for whoever only compares it."""
+        return self._known(ahead=True)
+
+    def _known(self, *, ahead: bool) -> tuple[torch.Tensor, ...] | None:
+        try:
+            graph, args = self._operands(self) if self._operands else (None, ())
+        except (KeyError, AttributeError):  # one is parametrized now, say
+            return None
+        return known(graph, args, ahead=ahead) if graph is not None else None
+
+    def _ahead_of(self) -> tuple[torch.Tensor, ...]:
+        """The weights that the constant graph takes."""
+        return self._operands(self)[1] if self._operands else ()
 
     def _load_from_state_dict(self, state_dict: dict[str, object], prefix: str, *rest: object) -> None:
         if gone := [name for name in self._released if prefix + name in state_dict]:
@@ -188,6 +213,7 @@ else:
     {1}
 {2}
 """
+_AHEAD = "_known = torch.ops.higher_order.hopkit_ahead(self) if torch.compiler.is_dynamo_compiling() else None\n"
 _STEP = re.compile(r'\.(\w+)|, "([^"]*)"\)')
 
 
@@ -230,37 +256,75 @@ def _kinds(module: torch.nn.Module) -> dict[str, str]:
 def _quicken(kinds: Mapping[str, str], flat: bool, body: list[str]) -> list[str]:
     """The code of a graph, in which weights are read where modules keep them: ``module.name`` takes ten times longer.
 
-    Where one is not there any more, because it is parametrized now say, all are read as usual.
+    Dynamo would guard all that it reads. Where it takes what the constant graph gives from the module (`AHEAD`), the
+    weights that only that graph takes are not read.
     """
-    quick: list[str] = []
-    usual: list[str] = []
+    reads: dict[str, tuple[str, str]] = {}
     rest: list[str] = []
-    known = {"": "self"}
     for line in "".join(body).splitlines(keepends=True):
         read = _READ.fullmatch(line)
-        path = [step or item for step, item in _STEP.findall(read[2])] if read else []
-        kind = kinds.get(".".join(path))
-        if read is None or kind is None:
-            rest.append(_aside(line, flat))
-            continue
-        for depth in range(1, len(path)):
-            inner = ".".join(path[:depth])
+        path = ".".join(step or item for step, item in _STEP.findall(read[2])) if read else ""
+        if read and path in kinds:
+            reads[read[1]] = path, read[2]
+        else:
+            rest.append(line)
+    if not reads:
+        return body
+    runs = [line for line in rest if _runs(line)]
+    others = {word for line in rest if line not in runs for word in re.findall(r"\w+", line)}
+    begin = _AHEAD if len(runs) == 1 else "_known = None\n"
+    shared = {name: read for name, read in reads.items() if name in others}
+    blocks = [textwrap.indent(_reading(part, kinds), "    ") for part in (reads, shared)]
+    return [f"{begin}if _known is None:\n{blocks[0]}else:\n{blocks[1]}", *(_aside(line, flat) for line in rest)]
+
+
+def _reading(reads: Mapping[str, tuple[str, str]], kinds: Mapping[str, str]) -> str:
+    """Lines that read weights. Where one is not there any more, because it is parametrized now say, all as usual."""
+    quick = _quick({name: path for name, (path, _) in reads.items()}, kinds)
+    usual = [f"{name} = {text}" for name, (_, text) in reads.items()]
+    lines = ["try:", *map("    {}".format, quick), "except (KeyError, AttributeError):", *map("    {}".format, usual)]
+    return "\n".join(lines if reads else ["pass"]) + "\n"
+
+
+def _quick(reads: Mapping[str, str], kinds: Mapping[str, str]) -> Iterator[str]:
+    """Lines that give names to what is at these paths in ``self``."""
+    known = {"": "self"}
+    for name, path in reads.items():
+        steps = path.split(".")
+        for depth in range(1, len(steps)):
+            inner = ".".join(steps[:depth])
             if inner not in known:
                 known[inner] = f"_module_{len(known)}"
-                quick.append(f'{known[inner]} = {known[".".join(path[: depth - 1])]}._modules["{path[depth - 1]}"]')
-        quick.append(f'{read[1]} = {known[".".join(path[:-1])]}.{kind}["{path[-1]}"]')
-        usual.append(f"{read[1]} = {read[2]}")
-    if not quick:
-        return body
-    block = ["try:", *map("    {}".format, quick), "except (KeyError, AttributeError):", *map("    {}".format, usual)]
-    return ["\n".join(block) + "\n", *rest]
+                yield f'{known[inner]} = {known[".".join(steps[: depth - 1])]}._modules["{steps[depth - 1]}"]'
+        yield f'{name} = {known[".".join(steps[:-1])]}.{kinds[path]}["{steps[-1]}"]'
+
+
+def _operands(graph: Graph, kinds: Mapping[str, str]) -> Callable[[Folded], Operands] | None:
+    """What reads the constant graph of a module, and what that takes. None: it takes more than weights."""
+    runs = graph.find_nodes(op="call_function", target=run_const_graph_once.operator)
+    nodes = [node for run in runs for node in (run.args[0], *run.args[1])]
+    if len(runs) != 1 or not all(node.op == "get_attr" and node.target in kinds for node in nodes):
+        return None
+    reads = {f"_{number}": str(node.target) for number, node in enumerate(nodes)}
+    first, *names = reads
+    lines = ["def read(self):", *_quick(reads, kinds), f"return {first}, ({', '.join(names)},)"]
+    made: dict[str, Any] = {}
+    exec("\n    ".join(lines), made)  # as torch does with the code of a graph
+    return cast("Callable[[Folded], Operands]", made["read"])
+
+
+def _runs(line: str) -> re.Match[str] | None:
+    """The call of the constant graph, where this is one."""
+    run = _RUN.fullmatch(line)
+    return run if run and run[2].endswith(f".{run_const_graph_once.spec.name}") else None
 
 
 def _aside(line: str, flat: bool) -> str:
     """A line of code, which goes the short way where Dynamo does not read it."""
     if flat and (check := _CHECK.fullmatch(line)):
         return _EITHER.format(f"self._guards_fn({check[1]})", f"self._checked({check[1]})", check[2])
-    run = _RUN.fullmatch(line)
-    if run is None or not run[2].endswith(f".{run_const_graph_once.spec.name}"):
+    run = _runs(line)
+    if run is None:
         return line
-    return _EITHER.format(f"{run[1]}{run[2]}{run[3]}", f"{run[1]}self._once{run[3]}", run[4] or "")
+    known = f"if _known is not None:\n    {run[1]}_known\nel"
+    return known + _EITHER.format(f"{run[1]}{run[2]}{run[3]}", f"{run[1]}self._once{run[3]}", run[4] or "")
