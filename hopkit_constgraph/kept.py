@@ -62,7 +62,7 @@ def known(graph: GraphModule, args: tuple[object, ...], *, ahead: bool) -> tuple
 
     Args:
         graph: A graph.
-        args: Weights. All are on the CPU: who reads others on another stream waits for nobody.
+        args: Weights. Those on a GPU are not kept here: whoever reads them on another stream would not wait.
         ahead: Whether the call that takes it is yet to come.
     """
     if not alone():
@@ -145,7 +145,7 @@ class Memory:
             with self._lock:  # whoever waited here may find it done
                 entry = self.entries.get(_REST)
                 if entry is None or not entry.holds(args):
-                    if not all(map(_tells, args)):
+                    if not all(map(_tells, args)) or _on_cuda(cast("Sequence[torch.Tensor]", args)):
                         return None
                     self._compute(graph, _REST, args)
                     entry = self.entries.get(_REST)

@@ -46,7 +46,10 @@ def inputs(
         return None
     if source is None or not isinstance(module, torch.nn.Module) or _changed(tx, module):
         return None
-    tensors = getattr(module, look)()
+    try:
+        tensors = getattr(module, look)()
+    except Exception:  # what stands beside fails in the same way, and where it belongs
+        return None
     if tensors is None or _written(output.graphargs, uses()):
         return None
     looked, taken = (CallFunctionNoArgsSource(AttrSource(source, name)) for name in (look, take))
@@ -56,6 +59,9 @@ def inputs(
     for arg in output.graphargs:
         if arg.fake_tensor is not None and isinstance(arg.source, GetItemSource) and arg.source.base == looked:
             arg.source = GetItemSource(taken, arg.source.index)
+            arg.example_strong_ref = tensors[
+                arg.source.index
+            ]  # another thread may write to a weight while Dynamo reads on
             _memory[arg.fake_tensor] = _storage(arg.fake_tensor)
     return result
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -15,6 +17,7 @@ from hopkit._torch.inductor import counting
 from hopkit_constgraph import fold, stats
 from tests.constgraph.models import Merged, X
 from tests.constgraph.test_kept import UPDATES, counts, pair
+from tests.fresh import python
 from tests.recording import same
 
 pytestmark = [
@@ -389,3 +392,62 @@ def test_guards_may_be_skipped() -> None:
         for _ in range(2):
             write(folded)
             same(compiled(X), of(folded, X))
+
+
+@pytest.mark.filterwarnings("ignore:op 'constgraph_run_once' is not kept")  # what it says is in the error too
+def test_weights_that_fit_no_more_are_told_of_as_before() -> None:
+    _, folded = pair()
+    compiled = Seen().compiled(folded)
+    compiled(X)
+    before = folded.up.weight
+    folded.up.weight = nn.Parameter(torch.ones(3, 5))
+    with pytest.raises(RuntimeError, match="exception"):
+        compiled(X)
+    folded.up.weight = before
+    same(compiled(X), of(folded, X))
+
+
+def test_a_weight_that_others_read_too() -> None:
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(8, 8) / 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ (self.weight @ self.weight) + x @ self.weight
+
+    model = Both()
+    folded: Any = fold(model, (X,))
+
+    def run(x: Tensor) -> Tensor:
+        return cast("Tensor", folded(folded(x)))
+
+    compiled = Seen().compiled(run)
+    for _ in range(2):
+        same(compiled(X), model(model(X)))
+        model.weight.mul_(2)
+
+
+CACHED = """
+import sys, warnings
+warnings.simplefilter("ignore")
+import torch
+from torch._dynamo.utils import counters
+from hopkit_constgraph import fold
+from tests.constgraph.models import Merged, X
+
+with torch.no_grad():
+    for number in range(2):
+        model = Merged()
+        model.base.weight.add_(number + int(sys.argv[1]))
+        compiled = torch.compile(fold(model, (X,)), fullgraph=True)
+        torch.testing.assert_close(compiled(X), model(X))
+        torch.compiler.reset()
+print(counters["inductor"]["fxgraph_cache_miss"], counters["aot_autograd"]["autograd_cache_miss"])
+"""
+
+
+def test_what_is_cached_is_good_for_other_models_and_processes(tmp_path: Path) -> None:
+    env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    misses = [python("-c", CACHED, number, env=env).stdout.split() for number in (0, 5)]
+    assert misses == [["1", "1"], ["0", "0"]]
