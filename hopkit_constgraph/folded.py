@@ -5,20 +5,19 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-import inspect
 import io
 import operator
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
 import torch
 from torch.export.graph_signature import ExportGraphSignature, InputKind, TensorArgument
 from torch.fx import Graph, GraphModule
-from torch.fx.graph import CodeGen
 
 import hopkit
 from hopkit.extend.dynamo import undecorated
+from hopkit_constgraph.code import Flat, Operands, kinds_of, operands, quicken
+from hopkit_constgraph.kept import known
 from hopkit_constgraph.op import run_const_graph_once
 from hopkit_constgraph.release import refuse
 
@@ -58,6 +57,7 @@ class Folded(GraphModule):
 
     _recipe: Recipe
     _released: frozenset[str]
+    _operands: Callable[[torch.nn.Module], Operands] | None
     _once = staticmethod(run_const_graph_once)
 
     @classmethod
@@ -76,8 +76,10 @@ class Folded(GraphModule):
             body |= {name: v for name, v in torch.nn.Module().__dict__.items() if name.startswith("_forward_")}
             body["_checked"] = undecorated(module.get_submodule("_guards_fn").forward)
             if program.call_spec.out_spec.is_leaf():
-                module.graph.set_codegen(_Flat(module, given, named))
-        module.graph.on_generate_code(lambda _: functools.partial(_quicken, _kinds(module), "_checked" in body))
+                module.graph.set_codegen(Flat(module, given, named))
+        kinds = kinds_of(module)
+        body["_operands"] = operands(module.graph, kinds)
+        module.graph.on_generate_code(lambda _: functools.partial(quicken, kinds, "_checked" in body))
         made = cls._made({**body, "_recipe": Recipe.of(program), "_released": frozenset(released)})
         for name in made._released:
             owner, _, leaf = name.rpartition(".")
@@ -110,6 +112,25 @@ class Folded(GraphModule):
                 todo=f"Fold the model again: `fold(model.{'train' if mode else 'eval'}(), inputs)`",
             )
         return self
+
+    def _ahead(self) -> tuple[torch.Tensor, ...] | None:
+        """What the constant graph gives, for compiled code. None: what is kept is not good there."""
+        return self._known(ahead=False)
+
+    def _look_ahead(self) -> tuple[torch.Tensor, ...] | None:
+        """The same, for whoever only compares it."""
+        return self._known(ahead=True)
+
+    def _known(self, *, ahead: bool) -> tuple[torch.Tensor, ...] | None:
+        try:
+            graph, args = self._operands(self) if self._operands else (None, ())
+        except (KeyError, AttributeError):  # one is parametrized now, say
+            return None
+        return known(graph, args, ahead=ahead) if graph is not None else None
+
+    def _ahead_of(self) -> tuple[torch.Tensor, ...]:
+        """The weights that the constant graph takes."""
+        return self._operands(self)[1] if self._operands else ()
 
     def _load_from_state_dict(self, state_dict: dict[str, object], prefix: str, *rest: object) -> None:
         if gone := [name for name in self._released if prefix + name in state_dict]:
@@ -175,92 +196,3 @@ def _mode(training: bool) -> str:
 
 def _is_leaf(value: object) -> bool:
     return value is None or isinstance(value, (torch.Tensor, bool, int, float, str))
-
-
-# -- reading weights -------------------------------------------------------------------------------------------------
-
-_READ = re.compile(r'(\w+) = ((?:getattr\()*self(?:\.\w+|, "[^"]*"\))+)(;  \1 = None)?\n')
-_CHECK = re.compile(r"\w+ = self\._guards_fn\((.*)\);  (.* = None)\n")
-_RUN = re.compile(r"(\w+ = )(torch\.ops\.higher_order\.\w+)(\(\w+, [(\[][\w, ]*[)\]]\))(?:;  (.* = None))?\n")
-_EITHER = """if torch.compiler.is_dynamo_compiling():
-    {0}
-else:
-    {1}
-{2}
-"""
-_STEP = re.compile(r'\.(\w+)|, "([^"]*)"\)')
-
-
-class _Flat(CodeGen):
-    """Code of a graph that takes tensors and numbers and gives one tensor: without pytrees."""
-
-    def __init__(self, module: GraphModule, given: tuple[object, ...], named: Mapping[str, object]) -> None:
-        super().__init__()
-        signature = inspect.signature(module.forward)
-        self._lines = [f"def forward(self, {str(signature)[1:]}:"]
-        for name, example in signature.bind(*given, **named).arguments.items():
-            if example is None:  # torch's checks do not look at it
-                told = f"the model was traced with {name}=None"
-                self._lines.append(f"if {name} is not None: raise TypeError({told!r})")
-        for name, node in zip(signature.parameters, module.graph.find_nodes(op="placeholder"), strict=True):
-            if name != node.name:
-                self._lines.append(f"{node.name} = {name}")
-
-    def gen_fn_def(self, *_: object, **__: object) -> str:
-        """The line, and the inputs under the names that they have in the graph."""
-        return "\n    ".join(self._lines)
-
-    def generate_output(self, output_args: Any, **_: object) -> str:
-        """The one output."""
-        return f"return {output_args[0]!r}"
-
-    def process_outputs(self, outputs: Any) -> Any:
-        """The one output, for whoever interprets the graph."""
-        return outputs[0]
-
-
-def _kinds(module: torch.nn.Module) -> dict[str, str]:
-    """Where a module keeps each of its parameters, buffers and graphs."""
-    graphs = (name for name, part in module.named_modules() if name and isinstance(part, GraphModule))
-    kinds = dict.fromkeys(graphs, "_modules")
-    kinds |= dict.fromkeys((name for name, _ in module.named_parameters(remove_duplicate=False)), "_parameters")
-    return kinds | dict.fromkeys((name for name, _ in module.named_buffers(remove_duplicate=False)), "_buffers")
-
-
-def _quicken(kinds: Mapping[str, str], flat: bool, body: list[str]) -> list[str]:
-    """The code of a graph, in which weights are read where modules keep them: ``module.name`` takes ten times longer.
-
-    Where one is not there any more, because it is parametrized now say, all are read as usual.
-    """
-    quick: list[str] = []
-    usual: list[str] = []
-    rest: list[str] = []
-    known = {"": "self"}
-    for line in "".join(body).splitlines(keepends=True):
-        read = _READ.fullmatch(line)
-        path = [step or item for step, item in _STEP.findall(read[2])] if read else []
-        kind = kinds.get(".".join(path))
-        if read is None or kind is None:
-            rest.append(_aside(line, flat))
-            continue
-        for depth in range(1, len(path)):
-            inner = ".".join(path[:depth])
-            if inner not in known:
-                known[inner] = f"_module_{len(known)}"
-                quick.append(f'{known[inner]} = {known[".".join(path[: depth - 1])]}._modules["{path[depth - 1]}"]')
-        quick.append(f'{read[1]} = {known[".".join(path[:-1])]}.{kind}["{path[-1]}"]')
-        usual.append(f"{read[1]} = {read[2]}")
-    if not quick:
-        return body
-    block = ["try:", *map("    {}".format, quick), "except (KeyError, AttributeError):", *map("    {}".format, usual)]
-    return ["\n".join(block) + "\n", *rest]
-
-
-def _aside(line: str, flat: bool) -> str:
-    """A line of code, which goes the short way where Dynamo does not read it."""
-    if flat and (check := _CHECK.fullmatch(line)):
-        return _EITHER.format(f"self._guards_fn({check[1]})", f"self._checked({check[1]})", check[2])
-    run = _RUN.fullmatch(line)
-    if run is None or not run[2].endswith(f".{run_const_graph_once.spec.name}"):
-        return line
-    return _EITHER.format(f"{run[1]}{run[2]}{run[3]}", f"{run[1]}self._once{run[3]}", run[4] or "")

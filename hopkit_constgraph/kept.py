@@ -7,6 +7,7 @@ there, which are never kept.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import threading
@@ -54,6 +55,25 @@ def kept(graph: Callable[..., object], args: tuple[object, ...]) -> object:
     if memory is None:
         memory = _memories.setdefault(own, Memory())
     return memory.results(cast("Graph", graph), args)
+
+
+def known(graph: GraphModule, args: tuple[object, ...], *, ahead: bool) -> tuple[torch.Tensor, ...] | None:
+    """``graph(*args)`` without gradients and without autocast, if that is kept; otherwise None.
+
+    Args:
+        graph: A graph.
+        args: Weights. Those on a GPU are not kept here: whoever reads them on another stream would not wait.
+        ahead: Whether the call that takes it is yet to come.
+    """
+    if not alone():
+        return None
+    memory = _memories.get(graph) or _memories.setdefault(graph, Memory())
+    with contextlib.ExitStack() as stack:
+        if torch.is_grad_enabled():
+            stack.enter_context(torch.no_grad())
+        for kind in filter(torch.is_autocast_enabled, ("cpu", "cuda")):
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        return memory.known(cast("Graph", graph), args, ahead=ahead)
 
 
 def _recorded(graph: object) -> GraphModule | None:
@@ -112,8 +132,33 @@ class Memory:
         self.hits += 1
         return entry.given(graph, args)
 
+    def known(self, graph: Graph, args: tuple[object, ...], *, ahead: bool) -> tuple[torch.Tensor, ...] | None:
+        """What `results` gives where nothing is active. None: it would not be kept.
+
+        Args:
+            graph: As for `results`.
+            args: As for `results`.
+            ahead: Whether this is no call yet, and one will follow.
+        """
+        entry = self.entries.get(_REST)
+        if entry is None or not entry.holds(args):
+            with self._lock:  # whoever waited here may find it done
+                entry = self.entries.get(_REST)
+                if entry is None or not entry.holds(args):
+                    if not all(map(_tells, args)) or _on_cuda(cast("Sequence[torch.Tensor]", args)):
+                        return None
+                    self._compute(graph, _REST, args)
+                    entry = self.entries.get(_REST)
+                    if entry is not None:
+                        entry.ahead = ahead
+                    return None if entry is None else entry.results
+        if not ahead:
+            self.hits += not entry.ahead
+            entry.ahead = False
+        return entry.results
+
     def _compute(self, graph: Graph, state: object, args: tuple[object, ...]) -> Sequence[torch.Tensor]:
-        if not all(type(arg) in _PLAIN and _tells(cast("torch.Tensor", arg)) for arg in args):
+        if not all(map(_tells, args)):
             return graph(*args)
         self.misses += 1
         self.entries.pop(state, None)
@@ -139,6 +184,7 @@ class Entry:
     def __init__(self, graph: Graph, args: tuple[torch.Tensor, ...], lost: Callable[[], object]) -> None:
         before = Seen(args)
         self._wanted = [torch.is_grad_enabled() and arg.requires_grad for arg in args]
+        self.ahead = False  # whether it was computed for a call that is yet to come
         self._untold = not torch.is_grad_enabled() and any(arg.requires_grad for arg in args)
         self._bare = not (any(self._wanted) or self._untold)
         self._leaves = [arg.detach().requires_grad_(want) for arg, want in zip(args, self._wanted, strict=True)]
@@ -207,8 +253,11 @@ class _Kept(torch.autograd.Function):
         return (None, None, *ctx.entry.gradients(ctx.graph, ctx.saved_tensors, given))
 
 
-def _tells(tensor: torch.Tensor) -> bool:
-    """Whether a tensor shows that it was written to. What processes share another one may have written to."""
+def _tells(tensor: object) -> bool:
+    """Whether this is a tensor that shows that it was written to. What processes share another one may write to."""
+    if type(tensor) not in _PLAIN:
+        return False
+    tensor = cast("torch.Tensor", tensor)
     shared = tensor.device.type == "cpu" and tensor.is_shared()
     return not (tensor.is_inference() or shared) and tensor.layout is torch.strided
 

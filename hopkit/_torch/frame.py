@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NoReturn, Protocol, TypeAlias, cast
 
 import torch
@@ -37,6 +37,7 @@ from torch.utils import _pytree as pytree
 from hopkit._torch import alike, equal, likeness, sizes, trees
 from hopkit._torch.autograd import computed
 from hopkit._torch.fakes import FakeMode, left, like, run_in_mode, stand_in
+from hopkit._torch.inputs import inputs
 from hopkit._torch.read import Instead, Read, drop_decided, identity
 
 GraphBreak: TypeAlias = Unsupported
@@ -351,6 +352,11 @@ class Frame:
         if self.flat:
             self.refuse("a node of a graph", NotImplementedError("It can be read as a node alone, under no transform."))
         return self._constant(Instead.BODY)
+
+    def taken(self, module: object, look: str, take: str, uses: Callable[[], Iterable[torch.Tensor]]) -> Variable:
+        """As `inputs`; None is a constant."""
+        found = inputs(self._tx, cast("Variable", module), look, take, uses)
+        return self._constant(None) if found is None else found
 
     def _made(self, inputs: Sequence[object]) -> tuple[tuple[int, int], ...]:
         """Sizes that nobody knows before the op has run, and that Dynamo has not seen yet."""

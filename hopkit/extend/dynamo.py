@@ -13,6 +13,7 @@ import torch
 
 from hopkit import binding, layout
 from hopkit._torch import trees
+from hopkit._torch.ahead import AHEAD, Ahead
 from hopkit._torch.autograd import needs_gradient
 from hopkit._torch.dynamo import undecorated
 from hopkit._torch.state import foreign, transforming
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from hopkit._torch.operator import Operator
     from hopkit._torch.read import Read
 
-__all__ = ["DynamoRule", "inline", "record", "undecorated"]
+__all__ = ["AHEAD", "Ahead", "DynamoRule", "inline", "record", "undecorated"]
 
 
 class DynamoRule(Protocol):
