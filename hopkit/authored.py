@@ -14,7 +14,7 @@ from hopkit.codec import Slot
 from hopkit.errors import RuleError
 from hopkit.rule import Decline
 from hopkit.spec import Kind
-from hopkit.transform import NOTHING, Flat, vmap
+from hopkit.transform import NOTHING, Flat, typed, vmap
 
 Rule = Callable[..., object]
 
@@ -64,7 +64,11 @@ def pushed(rule: Rule, level: Tangents, call: Call) -> object:
         leaves, tree = trees.flatten(out)
         found = _chosen(item, "jvp", trees.like(out_tangents, tree, torch.Tensor))
         told[:] = [isinstance(tangent, torch.Tensor) for tangent in found]
-        return (*_chosen(item, "jvp", leaves), *(t for t in found if isinstance(t, torch.Tensor)))
+        outputs = _chosen(item, "jvp", leaves)
+        return (
+            *outputs,
+            *(typed(t, out) for t, out in zip(found, outputs, strict=True) if isinstance(t, torch.Tensor)),
+        )
 
     mapped: Flat = run
     for dims, randomness in batches:

@@ -329,10 +329,20 @@ def jvp(run: Flat, wrt: Sequence[int], given: Sequence[int]) -> Flat:
             return tuple(outputs[i] for i in given), outputs
 
         with levels.duals_shared(), zeros_of_stand_ins():
-            _, found, *outputs = torch.func.jvp(chosen, tuple(primals[i] for i in wrt), tuple(tangents), has_aux=True)
-        return (*cast("tuple[object, ...]", outputs[0]), *cast("tuple[object, ...]", found))
+            _, found, *aside = torch.func.jvp(chosen, tuple(primals[i] for i in wrt), tuple(tangents), has_aux=True)
+        outputs = cast("tuple[object, ...]", aside[0])
+        pairs = zip(cast("tuple[torch.Tensor, ...]", found), given, strict=True)
+        return (*outputs, *(typed(tangent, outputs[i]) for tangent, i in pairs))
 
     return transformed
+
+
+def typed(tangent: torch.Tensor, output: object) -> torch.Tensor:
+    """``tangent`` in the dtype of what it is the tangent of.
+
+    torch's own, of a tensor without dimensions times a number, is a double.
+    """
+    return tangent.to(output.dtype) if isinstance(output, torch.Tensor) else tangent
 
 
 def drawing(run: Flat, devices: Sequence[str]) -> Flat:

@@ -729,3 +729,13 @@ def test_a_backward_that_transforms_in_a_checkpoint_around_aot_autograd() -> Non
 
     result = checkpoint(ahead, x, use_reentrant=False)
     same(torch.autograd.grad(cast("Tensor", result).sum(), x), (T.cos(),))
+
+
+def test_a_jvp_rule_of_a_number_has_the_dtype_of_its_result() -> None:
+    op = define_once()
+    op.rule("jvp")(pushed)
+    x = torch.tensor(0.5)
+    (found,) = torch.autograd.functional.jvp(lambda x: op(lambda y: y * 0.7, x), x, x)[1:]
+    with forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(op(lambda y: y * 0.7, forward_ad.make_dual(x, x))).tangent
+    same((found, tangent), (x * 0.7, x * 0.7))

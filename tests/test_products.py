@@ -10,7 +10,6 @@ import torch
 from hopkit_controlflow import map, scan
 from torch import Tensor
 from torch.testing import assert_close
-from torch.utils.checkpoint import checkpoint
 
 from hopkit._torch.inductor import set_up, written
 
@@ -103,7 +102,6 @@ def second(run: Run, step: Step, x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
 
 TRANSFORMED: dict[str, Callable[[Run], Run]] = {
     "vmap": lambda run: lambda step, x, w: torch.vmap(lambda w: run(step, x, w))(torch.stack([w, w.sin()])).sum(0),
-    "checkpoint": lambda run: lambda step, x, w: checkpoint(lambda x, w: run(step, x, w), x, w, use_reentrant=False),
     "what is written to afterwards": lambda run: lambda step, x, w: run(step, x, w).mul_(2) + x.sum(),
 }
 

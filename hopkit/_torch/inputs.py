@@ -59,9 +59,8 @@ def inputs(
     for arg in output.graphargs:
         if arg.fake_tensor is not None and isinstance(arg.source, GetItemSource) and arg.source.base == looked:
             arg.source = GetItemSource(taken, arg.source.index)
-            arg.example_strong_ref = tensors[
-                arg.source.index
-            ]  # another thread may write to a weight while Dynamo reads on
+            # Another thread may write to a weight while Dynamo reads on.
+            arg.example_strong_ref = tensors[arg.source.index]
             _memory[arg.fake_tensor] = _storage(arg.fake_tensor)
     return result
 
