@@ -145,7 +145,7 @@ def _possible(stack: Sequence[Layer], *, ruled: bool) -> tuple[Layer, ...]:
             continue  # no operator runs on what it holds
         if ruled and name == "backward" and "checkpointed" in outside:
             continue  # no transform of torch.func works there, and rules are made of them
-        if ruled and name == "checkpointed" and outside & {"functionalized", "jvp", "jacrev", "duals", "linearized"}:
+        if ruled and name == "checkpointed" and outside & (TRANSFORMED | {"functionalized", "duals"}):
             continue  # it computes again when they are over, and nothing is saved then
         mixed = name in ("traced", "retraced") and outside & (TRANSFORMED | {"exported"})
         kept.append((name, a, 0 if mixed else b))  # it gives stand-ins where it traces with them
