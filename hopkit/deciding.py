@@ -10,6 +10,8 @@ from hopkit._torch.fakes import rehearsing
 from hopkit.errors import DataDependentError
 from hopkit.spec import OpSpec
 
+_HERE = "cannot run here: its body decides on a tensor's value"
+
 
 @contextlib.contextmanager
 def deciding(spec: OpSpec) -> Iterator[None]:
@@ -25,7 +27,12 @@ def deciding(spec: OpSpec) -> Iterator[None]:
             raise
         raise DataDependentError(
             f"op '{spec.name}'",
-            f"cannot run here: its body decides on a tensor's value ({str(error).splitlines()[0]})",
+            f"{_HERE} ({str(error).splitlines()[0]})",
             why="a mode, a tensor class or a transform sees the inside of the op, where tensors have no values",
             todo="Record the op outside of it, or let it take the op whole, by a rule for the mode",
         ) from error
+
+
+def undecided(error: object) -> bool:
+    """Whether this is such an error: the body alone could not run there either."""
+    return isinstance(error, DataDependentError) and error.found.startswith(_HERE)

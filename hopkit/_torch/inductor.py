@@ -151,19 +151,14 @@ def of_layout(tensor: torch.Tensor) -> torch.Tensor:
     return cast("torch.Tensor", force_stride_order(tensor, tensor.stride()))
 
 
-def set_up(
-    *, sizes_from_values: bool = False, gradients_inside: bool = False, **options: object
-) -> contextlib.AbstractContextManager[None]:
-    """Inside, Inductor has these options, and Dynamo may read what only values tell the size of, or what calls
-    ``torch.autograd.grad``; for tests.
-    """
+def set_up(*, sizes_from_values: bool = False, **options: object) -> contextlib.AbstractContextManager[None]:
+    """Inside, Inductor has these options, and Dynamo may read what only values tell the size of; for tests."""
     from torch._dynamo import config as dynamo
     from torch._inductor import config
 
     stack = contextlib.ExitStack()
     stack.enter_context(config.patch(options))
     stack.enter_context(dynamo.patch(capture_dynamic_output_shape_ops=sizes_from_values))
-    stack.enter_context(dynamo.patch(trace_autograd_ops=gradients_inside))
     return cast("contextlib.AbstractContextManager[None]", stack)
 
 

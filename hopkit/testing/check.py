@@ -12,6 +12,7 @@ from typing import cast
 import torch
 
 from hopkit._torch import trees
+from hopkit.deciding import undecided
 from hopkit.errors import CaptureError, HopkitError, HopkitWarning, RuleConflictError, SpecError
 from hopkit.explain import explain
 from hopkit.op import AnyOp
@@ -74,7 +75,8 @@ def _failed(case: Case, column: Column, error: Exception) -> tuple[Verdict, floa
     refusal = _refusal(error)
     ours = refusal is not None and case.op.spec.name in str(refusal)
     verdict: Verdict = "refused" if ours and not isinstance(refusal, RuleConflictError) else "error"
-    if ours and not isinstance(refusal, CaptureError):  # what a mode cannot close over, it cannot in the body either
+    # What a mode cannot close over, or decide on, it cannot in the body either.
+    if ours and not isinstance(refusal, CaptureError) and not undecided(refusal):
         return verdict, None, str(refusal)
     try:
         column.run(case, case.body if column.group in BODY_RUNS else case.declared)

@@ -16,7 +16,7 @@ from tests.contract.seam import ROOT, imports, parse, private
 LAYERS = [
     ["constants", "errors", "modes", "new", "table"],
     ["_torch", "spec"],
-    ["binding", "codec", "origin", "program", "rule"],
+    ["binding", "codec", "deciding", "origin", "program", "rule"],
     ["asking", "hookspecs", "layout", "parameters"],
     ["digest", "manager", "probe", "transform"],
     ["installed", "record", "saved", "structured"],
