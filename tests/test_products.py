@@ -14,7 +14,7 @@ from torch.testing import assert_close
 from hopkit._torch.inductor import written
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning"),  # torch's own use
+    pytest.mark.filterwarnings("ignore:.*torch.jit.script"),  # torch's own use
     pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning"),  # torch 2.13, of its own pytrees
 ]
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning"),  # torch's own use
+    pytest.mark.filterwarnings("ignore:.*torch.jit.script"),  # torch's own use
     pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning"),  # torch 2.13, of its own pytrees
 ]
 

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from hopkit import Op
 from hopkit.extend.body import leaves
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")  # torch's own use
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script")  # torch's own use
 
 each = hopkit_controlflow.map
 
