@@ -415,7 +415,7 @@ class Call:
                 with Substitute(stage.stand_in) as mode:
                     result = sizes.readable(as_before(function))(*inputs)
                 told.append(mode.opaque)
-                inside.append(custom_backward(trees.leaves(result)))
+                inside.append(custom_backward(trees.leaves(result), inputs))
                 tensors = {i: value for i, value in enumerate(inputs) if isinstance(value, torch.Tensor)}
                 those = [i for i, value in tensors.items() if watch.wrote_to(value, since=before)]
                 writing[index].update(those)

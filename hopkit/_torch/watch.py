@@ -272,10 +272,10 @@ def _writes(
             yield from (t for t in trees.leaves(value) if isinstance(t, torch.Tensor))
 
 
-def custom_backward(outputs: Sequence[object]) -> str:
-    """Why the autograd graph behind ``outputs`` cannot be had from the operators alone, or ""."""
-    pending = [t.grad_fn for t in outputs if isinstance(t, torch.Tensor)]
-    seen: set[object] = set()
+def custom_backward(outputs: Sequence[object], inputs: Sequence[object] = ()) -> str:
+    """Why the autograd graph from ``inputs`` to ``outputs`` cannot be had from the operators alone, or ""."""
+    pending = [t.grad_fn for t in trees.tensors(list(outputs))]
+    seen: set[object] = {t.grad_fn for t in trees.tensors(list(inputs))}
     while pending:
         node = pending.pop()
         if node is None or node in seen:

@@ -79,10 +79,7 @@ def derive(call: Call) -> object:
         )
     if hidden and torch.compiler.is_exporting():  # its node is there already
         return apply(Untold(call, hidden), call.inputs)
-    if hidden and call.layout is not None and call.by_hand:
-        with uncounted():
-            return apply(ByHand(call), call.inputs)
-    if hidden or call.layout is None:
+    if call.layout is None or (hidden and not call.by_hand):
         return call.run()  # autograd sees the body instead
     with uncounted():  # a checkpoint may be computed again after the recording, and then it is the body that saves
         return apply(Derived(call), call.inputs)
@@ -137,7 +134,7 @@ class Derived(Step):
         results: list[torch.Tensor | None] = [None] * len(self._call.inputs)
         if not wrt:
             return results
-        found = self._run(self._again(saved).vjp(wrt, given, [gradients[i] for i in given]))
+        found = self._again(saved).vjp(wrt, given, [gradients[i] for i in given])()
         assert isinstance(found, tuple)
         for i, gradient in zip(wrt, found, strict=True):
             results[i] = gradient
@@ -145,16 +142,6 @@ class Derived(Step):
 
     def _again(self, saved: tuple[object, ...]) -> Call:
         return self._call.replace(inputs=saved)
-
-    def _run(self, derivative: Call) -> object:
-        return derivative()
-
-
-class ByHand(Derived):
-    """The op as one step of the tape, where its body has a backward of its own, which runs in the place of a node."""
-
-    def _run(self, derivative: Call) -> object:
-        return derivative.run()
 
 
 class Drawn(Derived):

@@ -84,6 +84,16 @@ def test_a_second_derivative_goes_through_the_residuals(mode: str) -> None:
     torch.testing.assert_close(SECOND[mode](log1pexp)(X), S * (1 - S))
 
 
+def test_a_second_derivative_of_a_recorded_one() -> None:
+    def derived(x: Tensor) -> Tensor:
+        return torch.autograd.grad(log1pexp(x).sum(), x, create_graph=True)[0]
+
+    x = X.clone().requires_grad_()
+    first = make_fx(derived)(X.clone().requires_grad_())(x)
+    torch.testing.assert_close(first.detach(), S)
+    torch.testing.assert_close(torch.autograd.grad(first.sum(), x)[0], S * (1 - S))
+
+
 def test_a_third_derivative() -> None:
     third = S * (1 - S) * (1 - 2 * S)
     torch.testing.assert_close(vmap(grad(grad(grad(log1pexp))))(X), third)
