@@ -10,7 +10,21 @@ from hopkit._torch.fakes import rehearsing
 from hopkit.errors import DataDependentError
 from hopkit.spec import OpSpec
 
-_HERE = "cannot run here: its body decides on a tensor's value"
+_HERE = "cannot run here"
+
+
+def no_value(op: str, what: str, error: Exception, *, why: str, todo: str) -> DataDependentError:
+    """The error of an op whose body asked for a value that there is none of.
+
+    Args:
+        op: Its name.
+        what: What cannot be done with it.
+        error: What torch raised.
+        why: Why that matters.
+        todo: What to do next.
+    """
+    found = f"{what}: its body decides on a tensor's value ({str(error).splitlines()[0]})"
+    return DataDependentError(f"op '{op}'", found, why=why, todo=todo)
 
 
 @contextlib.contextmanager
@@ -25,9 +39,10 @@ def deciding(spec: OpSpec) -> Iterator[None]:
     except Exception as error:
         if not spec.stood_for or rehearsing() or not sizes.data_dependent(error):
             raise
-        raise DataDependentError(
-            f"op '{spec.name}'",
-            f"{_HERE} ({str(error).splitlines()[0]})",
+        raise no_value(
+            spec.name,
+            _HERE,
+            error,
             why="a mode, a tensor class or a transform sees the inside of the op, where tensors have no values",
             todo="Record the op outside of it, or let it take the op whole, by a rule for the mode",
         ) from error

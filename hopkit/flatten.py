@@ -18,6 +18,7 @@ from hopkit._torch import dynamo, sizes, trees
 from hopkit._torch.operator import Operator
 from hopkit._torch.retrace import Lost, annotate, rebind, retrace
 from hopkit.call import Call
+from hopkit.deciding import no_value
 from hopkit.errors import AutogradError, CallError, DataDependentError, HopkitError, UnknownOpError
 from hopkit.op import AnyOp, decompose
 
@@ -267,9 +268,10 @@ def _traced(call: Call, functional: bool) -> GraphModule:
         asked = error.__cause__ if isinstance(error, DataDependentError) else error
         if not (isinstance(asked, Exception) and sizes.data_dependent(asked)):
             raise
-        raise DataDependentError(
-            f"op '{call.op.name}'",
-            f"cannot be flattened: its body decides on a tensor's value ({str(asked).splitlines()[0]})",
+        raise no_value(
+            call.op.name,
+            "cannot be flattened",
+            asked,
             why="a graph has one way through it",
             todo="Keep the node, or let the body decide with torch.cond or torch.while_loop",
         ) from error

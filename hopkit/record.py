@@ -23,6 +23,7 @@ from hopkit._torch.fakes import Stage, same_storage, without_effects
 from hopkit._torch.state import autocasting, functionalizing, is_tracked, opaque, tracked
 from hopkit._torch.watch import Substitute, Watch, wiring
 from hopkit.codec import Slot
+from hopkit.deciding import no_value
 from hopkit.errors import (
     CallError,
     CaptureError,
@@ -477,9 +478,10 @@ def run_or_examples(spec: OpSpec, values: Mapping[str, object]) -> object:
     except Exception as error:
         if not sizes.data_dependent(error):
             raise
-        raise DataDependentError(
-            f"op '{spec.name}'",
-            f"cannot be recorded: its body decides on a tensor's value ({str(error).splitlines()[0]})",
+        raise no_value(
+            spec.name,
+            "cannot be recorded",
+            error,
             why="while a graph is recorded, tensors have shapes and no values",
             todo="Give define both `inputs=lambda ...: (args_of_first_subgraph, args_of_second, ...)` and "
             "`outputs=lambda ...: example_result`, or `abstract=` for both at once",

@@ -71,7 +71,7 @@ def known(graph: GraphModule, args: tuple[object, ...], *, ahead: bool) -> tuple
     with contextlib.ExitStack() as stack:
         if torch.is_grad_enabled():
             stack.enter_context(torch.no_grad())
-        for kind in filter(torch.is_autocast_enabled, ("cpu", "cuda")):
+        for kind in _casting():
             stack.enter_context(torch.autocast(kind, enabled=False))
         return memory.known(cast("Graph", graph), args, ahead=ahead)
 
@@ -123,11 +123,11 @@ class Memory:
         if _capturing():
             return graph(*args)
         state = _state(args)
-        entry = self.entries.get(state)
-        if entry is None or not entry.holds(args):
+        entry = self._held(state, args)
+        if entry is None:
             with self._lock:  # whoever waited here may find it done
-                entry = self.entries.get(state)
-                if entry is None or not entry.holds(args):
+                entry = self._held(state, args)
+                if entry is None:
                     return self._compute(graph, state, args)
         self.hits += 1
         return entry.given(graph, args)
@@ -140,11 +140,11 @@ class Memory:
             args: As for `results`.
             ahead: Whether this is no call yet, and one will follow.
         """
-        entry = self.entries.get(_REST)
-        if entry is None or not entry.holds(args):
+        entry = self._held(_REST, args)
+        if entry is None:
             with self._lock:  # whoever waited here may find it done
-                entry = self.entries.get(_REST)
-                if entry is None or not entry.holds(args):
+                entry = self._held(_REST, args)
+                if entry is None:
                     if not all(map(_tells, args)) or _on_cuda(cast("Sequence[torch.Tensor]", args)):
                         return None
                     self._compute(graph, _REST, args)
@@ -156,6 +156,10 @@ class Memory:
             self.hits += not entry.ahead
             entry.ahead = False
         return entry.results
+
+    def _held(self, state: object, args: tuple[object, ...]) -> Entry | None:
+        entry = self.entries.get(state)
+        return entry if entry is not None and entry.holds(args) else None
 
     def _compute(self, graph: Graph, state: object, args: tuple[object, ...]) -> Sequence[torch.Tensor]:
         if not all(map(_tells, args)):
@@ -262,9 +266,14 @@ def _tells(tensor: object) -> bool:
     return not (tensor.is_inference() or shared) and tensor.layout is torch.strided
 
 
+def _casting() -> list[str]:
+    """The kinds of device that autocast is on for."""
+    return [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
+
+
 def _state(args: Sequence[object]) -> object:
     """What else a result depends on."""
-    casting = [(kind, torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
+    casting = [(kind, torch.get_autocast_dtype(kind)) for kind in _casting()]
     there = args if torch.cuda.is_initialized() else ()
     device = next((t.device for t in there if isinstance(t, torch.Tensor) and t.is_cuda), None)
     stream = None if device is None else torch.cuda.current_stream(device)

@@ -17,7 +17,7 @@ from torch._dynamo.variables.base import VariableTracker
 from torch._dynamo.variables.builder import GraphArg
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from hopkit._torch.state import alone
+from hopkit._torch.state import alone, autocasting
 
 
 def inputs(
@@ -40,9 +40,8 @@ def inputs(
         uses: Gives what these are computed from.
     """
     output, module, source = tx.output, getattr(given, "value", None), given.source
-    casting = any(map(torch.is_autocast_enabled, ("cpu", "cuda")))
     exporting = output.export or torch.compiler.is_exporting()
-    if torch.is_grad_enabled() or casting or exporting or output.current_tracer.parent is not None or not alone():
+    if torch.is_grad_enabled() or autocasting() or exporting or output.current_tracer.parent is not None or not alone():
         return None
     if source is None or not isinstance(module, torch.nn.Module) or _changed(tx, module):
         return None

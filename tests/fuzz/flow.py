@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -43,7 +44,7 @@ def step(text: str) -> str:
 
 def last(value: object) -> Tensor:
     """Of a result, the last tensor."""
-    return [leaf for leaf in trees.leaves(value) if isinstance(leaf, Tensor)][-1]
+    return trees.tensors(value)[-1]
 
 
 def one(y: Tensor, z: Tensor) -> Tensor:
@@ -71,6 +72,10 @@ class _Own(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor) -> Tensor:
         return tangent * 5
+
+
+def _ordered(items: Sequence[Any], reverse: bool) -> Sequence[Any]:
+    return items[::-1] if reverse else items
 
 
 class Plain:
@@ -105,11 +110,10 @@ class Plain:
     @staticmethod
     def scan(combine_fn: Run, carry: Any, xs: Tensor, reverse: bool = False) -> Any:
         outputs = []
-        for x in reversed(xs.unbind(0)) if reverse else xs.unbind(0):
+        for x in _ordered(xs.unbind(0), reverse):
             carry, output = combine_fn(carry, x)
             outputs.append(trees.leaves(output))
-        columns = list(zip(*(reversed(outputs) if reverse else outputs), strict=True))
-        return carry, [torch.stack(column) for column in columns]
+        return carry, [torch.stack(column) for column in zip(*_ordered(outputs, reverse), strict=True)]
 
     @staticmethod
     def map(f: Run, xs: Tensor) -> Tensor:
@@ -117,17 +121,11 @@ class Plain:
 
     @staticmethod
     def associative_scan(combine_fn: Run, xs: Any, dim: int, reverse: bool = False) -> Any:
-        many = [xs] if isinstance(xs, Tensor) else xs
-        rows = list(zip(*(x.unbind(dim) for x in many), strict=True))
-        found: list[Sequence[Tensor]] = []
-        for row in reversed(rows) if reverse else rows:
-            if not found:
-                found.append(row)
-            elif isinstance(xs, Tensor):
-                found.append((combine_fn(found[-1][0], row[0]),))
-            else:
-                found.append(combine_fn(found[-1], row))
-        return [torch.stack(column, dim) for column in zip(*(reversed(found) if reverse else found), strict=True)]
+        if isinstance(xs, Tensor):
+            return Plain.associative_scan(lambda p, q: [combine_fn(p[0], q[0])], [xs], dim, reverse)
+        rows = list(zip(*(x.unbind(dim) for x in xs), strict=True))
+        found = list(itertools.accumulate(_ordered(rows, reverse), combine_fn))
+        return [torch.stack(column, dim) for column in zip(*_ordered(found, reverse), strict=True)]
 
     @staticmethod
     def region(body: Run, operands: Sequence[Any]) -> Any:
